@@ -1,0 +1,85 @@
+"""What MONAI's `SupervisedTrainer` and `SupervisedEvaluator` are given so that they run an autoencoder.
+
+The configs name these as `prepare_batch`, `inferer` and `iteration_update`. An autoencoder's target is its input;
+mixed precision is bf16 in the inferer, because MONAI's own `amp` switch is CUDA-only; evaluation keeps the posterior
+beside the reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
+from torch import nn
+
+from scripts.errors import as_flag
+
+__all__ = ["AutocastInferer", "posterior_iteration", "prepare_batch"]
+
+
+def prepare_batch(
+    batchdata: dict[str, Any], device: torch.device, non_blocking: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image as input and as target.
+
+    Args:
+        batchdata: a batch with the key `image`, (B, 1, D, H, W).
+        device: where the network is.
+        non_blocking: as in `torch.Tensor.to`.
+
+    Returns:
+        The same tensor twice.
+    """
+    image = batchdata["image"].to(device=device, non_blocking=non_blocking)
+    return image, image
+
+
+class AutocastInferer(SimpleInferer):
+    """`SimpleInferer` under bf16 autocast where the device has bf16, in fp32 elsewhere.
+
+    bf16 has the range of fp32, so no gradient scaler is needed. Older cards without it run in fp32.
+
+    Args:
+        amp: whether to use bf16 at all; a text such as "false" is understood.
+        device: where the network is.
+    """
+
+    def __init__(self, amp: bool | str, device: torch.device | str) -> None:
+        super().__init__()
+        self.device_type = torch.device(device).type
+        has_bf16 = self.device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        self.amp = as_flag(amp, "amp") and has_bf16
+
+    def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Run the network on the inputs; see `SimpleInferer`."""
+        with self.autocast():
+            return super().__call__(inputs, network, *args, **kwargs)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network runs, for callers that encode and decode apart."""
+        return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.amp)
+
+
+def posterior_iteration(engine: Any, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """One step of an evaluator that keeps the posterior (for `iteration_update`).
+
+    Args:
+        engine: a `SupervisedEvaluator` whose network has `encode` and `decode`.
+        batchdata: a batch with the key `image`, (B, 1, D, H, W).
+
+    Returns:
+        `image` and `pred` (B, 1, D, H, W), and `mu`, `logvar` (B, C, D/4, H/4, W/4), fp32. `pred` is decoded from mu.
+    """
+    image, _ = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
+    network: nn.Module = engine.network
+    with engine.mode(network), engine.inferer.autocast():
+        mu, sigma = network.encode(image)
+        pred = network.decode(mu)
+    logvar = 2 * sigma.float().log()
+    engine.state.output = {"image": image, "pred": pred.float(), "mu": mu.float(), "logvar": logvar}
+    engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+    engine.fire_event(IterationEvents.MODEL_COMPLETED)
+    return engine.state.output

@@ -1,0 +1,234 @@
+"""The Ignite handlers of training that MONAI has not.
+
+`train.json` lists them in `train#handlers` and `validate#handlers`: an EMA that is right from the first step, seeds
+that make a resumed epoch equal to an uninterrupted one, gradient clipping, the progress bar, the curve as CSV and in
+TensorBoard, and one picture an epoch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
+from ignite.handlers.tqdm_logger import ProgressBar
+from monai.data.utils import set_rnd
+from monai.engines.utils import IterationEvents
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from scripts.errors import InputError
+from scripts.files import replacing
+from scripts.losses import VAELoss
+from scripts.pictures import figure_to_array, recon_panel
+
+__all__ = ["EpochSeed", "GradientClip", "LossBar", "PictureLog", "TrainingLog", "WarmEMA"]
+
+
+class WarmEMA(EMAHandler):
+    """Ignite's EMA with a decay that grows with the step: min(decay, (1 + t) / (10 + t)).
+
+    Short runs get a short memory instead of their own random start. The decay follows from the trainer's step, so
+    there is no schedule to save. At the first step the average starts from the network as it then is.
+
+    Args:
+        network: the network to average.
+        decay: the final decay, within (0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise InputError(f"'ema_decay' is {decay}; give a number between 0 and 1, such as 0.999.")
+        super().__init__(network, momentum=1 - decay)
+
+    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
+        """Attach to a trainer; see `EMAHandler.attach`."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._warm)
+        super().attach(engine, *args, **kwargs)
+
+    def _start(self, engine: Engine) -> None:
+        if engine.state.iteration == 0:
+            self.ema_model.load_state_dict(self.model.state_dict())
+
+    def _warm(self, engine: Engine) -> None:
+        step = engine.state.iteration
+        engine.state.ema_momentum = max(self.momentum, 9 / (10 + step))
+
+
+class EpochSeed:
+    """Derive every random state of an epoch from the seed and the epoch's number.
+
+    Torch, NumPy, Python, the dataset's random transforms and the batch sampler are set when an epoch starts, and the
+    data loader is begun anew, whatever ran before. A resumed run therefore repeats an uninterrupted one exactly.
+
+    Args:
+        seed: the run's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed the epoch that starts."""
+        epoch, rank = engine.state.epoch, engine.state.rank
+        seed = int(np.random.SeedSequence([self.seed, epoch, rank]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        loader = engine.state.dataloader
+        set_rnd(loader.dataset, seed)
+        if hasattr(loader.batch_sampler, "set_epoch"):
+            loader.batch_sampler.set_epoch(epoch)
+        engine.set_data(loader)
+
+
+class GradientClip:
+    """Scale the gradient down to a largest norm before the optimizer's step, and note the norm it had.
+
+    Args:
+        network: the network that is trained.
+        max_norm: largest L2 norm of the whole gradient; 0 only notes it.
+
+    Attributes:
+        norm: the norm of the last gradient, before clipping.
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float) -> None:
+        if max_norm < 0:
+            raise InputError(f"'clip_norm' is {max_norm}; give 0 (no clipping) or a positive number.")
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.max_norm = max_norm
+        self.norm = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Clip; a gradient that is not finite ends the run."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm or float("inf"))
+        self.norm = float(norm)
+        if not np.isfinite(self.norm):
+            raise InputError(
+                f"the gradient became {self.norm} at step {engine.state.iteration}: lower learning_rate, or go on "
+                "from the last checkpoint with --resume True."
+            )
+
+
+class LossBar:
+    """Ignite's progress bar of an epoch, with the loss and the time left."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        ProgressBar(persist=False).attach(engine, output_transform=_loss_of)
+
+
+class TrainingLog:
+    """One line an epoch: printed, in `metrics.csv`, and as TensorBoard scalars.
+
+    The columns are the epoch, the learning rate, the gradient's mean norm, the means of the loss and its unweighted
+    terms over the epoch, and the metrics of a validation where one ran. A resumed run drops the lines of the epochs
+    that it repeats.
+
+    Args:
+        loss: the loss, whose `parts` hold the terms of the last step.
+        optimizer: the optimizer, for the learning rate of its first group.
+        clip: the gradient clipping, for the norm.
+        evaluator: the validation, or None.
+        path: where to write `metrics.csv`.
+        writer: TensorBoard's writer.
+    """
+
+    def __init__(
+        self,
+        loss: VAELoss,
+        optimizer: Optimizer,
+        clip: GradientClip,
+        evaluator: Engine | None,
+        path: str,
+        writer: SummaryWriter,
+    ) -> None:
+        self.loss, self.optimizer, self.clip, self.evaluator = loss, optimizer, clip, evaluator
+        self.path, self.writer = Path(path), writer
+        self.steps: list[dict[str, float]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, after its validation."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
+
+    def _clear(self, engine: Engine) -> None:
+        self.steps = []
+        self.learning_rate = self.optimizer.param_groups[0]["lr"]
+
+    def _step(self, engine: Engine) -> None:
+        parts = {**self.loss.parts, "gradient_norm": self.clip.norm}
+        self.steps.append(parts)
+        for name, value in parts.items():
+            self.writer.add_scalar(f"step/{name}", value, engine.state.iteration)
+
+    def _epoch(self, engine: Engine) -> None:
+        if engine.state.rank != 0:
+            return
+        epoch = engine.state.epoch
+        row: dict[str, float] = {"epoch": epoch, "learning_rate": self.learning_rate}
+        row |= pd.DataFrame(self.steps).mean().to_dict()
+        if self.evaluator is not None and self.evaluator.state.epoch == epoch:
+            row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
+        for name, value in row.items():
+            if name != "epoch":
+                self.writer.add_scalar(f"epoch/{name}", value, epoch)
+        self.writer.flush()
+        self._append(row)
+        print("  ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+
+    def _append(self, row: Mapping[str, float]) -> None:
+        rows = pd.DataFrame([row])
+        if self.path.exists() and row["epoch"] > 1:
+            earlier = pd.read_csv(self.path)
+            rows = pd.concat([earlier[earlier["epoch"] < row["epoch"]], rows])
+        with replacing(self.path) as temporary:
+            rows.to_csv(temporary, index=False, float_format="%.8g")
+
+
+class PictureLog:
+    """One picture an epoch in TensorBoard: original, reconstruction and difference of the first validation scan.
+
+    Args:
+        writer: TensorBoard's writer.
+        spacing: voxel size of model space in mm.
+    """
+
+    def __init__(self, writer: SummaryWriter, spacing: float) -> None:
+        self.writer = writer
+        self.spacing = (spacing,) * 3
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Draw the first scan of the validation set."""
+        if engine.state.iteration != 1:
+            return
+        output = engine.state.output[0]
+        image, pred = (np.asarray(output[key].detach().float().cpu()[0]) for key in ("image", "pred"))
+        figure = recon_panel(image, pred, self.spacing, title=f"epoch {engine.state.epoch}")
+        self.writer.add_image("reconstruction", figure_to_array(figure), engine.state.epoch, dataformats="HWC")
+
+
+def _loss_of(output: Any) -> dict[str, float]:
+    return {"loss": float(output["loss"])}

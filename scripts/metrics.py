@@ -1,0 +1,300 @@
+"""The figures of a reconstruction, defined once for training's validation, the evaluation and the report.
+
+`reconstruction_metrics` makes one row a volume, `summarise` one summary of many rows, `format_table` the table that
+is printed; `VolumeMetric` brings the same columns into MONAI's validation handlers. The one idea: `x` is the scan in
+model space and `y` its reconstruction, both are clamped to [0, 1], each volume gives one figure a column, and what is
+reported is mean, standard deviation and the worst volume. What could not be computed shows, it is never left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.metrics import CumulativeIterationMetric, SSIMMetric
+
+__all__ = ["ActiveUnits", "VolumeMetric", "format_table", "kl_per_value", "reconstruction_metrics", "summarise"]
+
+# Column: whether a large figure is a good one. The order is that of every table.
+COLUMNS: dict[str, bool] = {"l1": False, "psnr": True, "psnr_brain": True, "ssim": True, "lpips": False, "kl": False}
+FOREGROUND = 0.05
+SSIM_WINDOW = 11
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def reconstruction_metrics(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """Compare one volume with its reconstruction.
+
+    Args:
+        x: the scan in model space, (1, 1, D, H, W) or (D, H, W), sides of 11 voxels or more (SSIM's window).
+        y: its reconstruction, same shape.
+        lpips: called with y and x as (1, 1, D, H, W) in [0, 1]; gives one value. None leaves the column out.
+
+    Returns:
+        l1, psnr (dB), psnr_brain (dB, voxels where x > 0.05), ssim and, if asked for, lpips. A PSNR is inf where
+        both are equal, psnr_brain is nan where there is no foreground.
+
+    Raises:
+        ValueError: the shapes differ, or are none of those above.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
+    if x.ndim != 3 and not (x.ndim == 5 and x.shape[:2] == (1, 1)):
+        raise ValueError(f"x must be (1, 1, D, H, W) or (D, H, W), got {tuple(x.shape)}.")
+    x, y = (_clamped(volume.reshape(1, 1, *volume.shape[-3:])) for volume in (x, y))
+    row = {column: float(figure(x, y)) for column, figure in _FIGURES.items()}
+    if lpips is not None:
+        with torch.no_grad():
+            row["lpips"] = float(lpips(y, x))
+    return row
+
+
+def kl_per_value(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL divergence of the posterior from the standard normal, mean over latent values.
+
+    Args:
+        mu: posterior mean, (B, C, ...), any float type.
+        logvar: log of the posterior variance, same shape; clamped to [-30, 20] as the network does.
+
+    Returns:
+        (B,) float32, nats per latent value: the mean of 0.5 (mu^2 + sigma^2 - 1 - logvar).
+
+    Raises:
+        ValueError: the shapes differ or have no batch axis.
+    """
+    if mu.shape != logvar.shape or mu.ndim < 2:
+        raise ValueError(f"mu and logvar must both be (B, C, ...), got {tuple(mu.shape)} and {tuple(logvar.shape)}.")
+    # float() first: exp(20) overflows in float16. expm1 keeps the digits that sigma^2 - 1 loses near sigma = 1.
+    mu = mu.as_subclass(torch.Tensor).float()
+    logvar = logvar.as_subclass(torch.Tensor).float().clamp(*LOGVAR_RANGE)
+    return 0.5 * (mu.square() + torch.expm1(logvar) - logvar).flatten(1).mean(1)
+
+
+class ActiveUnits:
+    """Share of the latent's channel-positions whose mu varies across a set of volumes (Burda et al. 2016).
+
+    Running mean and sum of squares (Welford; batches and other processes' shares merged after Chan et al. 1983), two
+    float64 latents on the CPU however many volumes there are.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._squares = torch.zeros(0, dtype=torch.float64)
+
+    def update(self, mu: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            mu: posterior means (B, C, D/4, H/4, W/4); the shape behind B is the same in every call.
+        """
+        batch = mu.detach().as_subclass(torch.Tensor).double().cpu()
+        self._add(len(batch), batch.mean(0), (batch - batch.mean(0)).square().sum(0))
+
+    def merge(self, other: ActiveUnits) -> None:
+        """Add what another instance has seen, such as another process's share of the set."""
+        if other.n:
+            self._add(other.n, other._mean, other._squares)
+
+    def share(self, threshold: float = 0.01) -> float:
+        """Share in [0, 1] of positions with a sample variance above `threshold`; nan for fewer than two volumes."""
+        if self.n < 2:
+            return math.nan
+        return float((self._squares / (self.n - 1) > threshold).double().mean())
+
+    def _add(self, n: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
+        if n == 0:
+            return
+        if self.n == 0:
+            self.n, self._mean, self._squares = n, mean, squares
+            return
+        if mean.shape != self._mean.shape:
+            raise ValueError(f"latents of {tuple(self._mean.shape)} and of {tuple(mean.shape)} cannot be compared.")
+        difference, total = mean - self._mean, self.n + n
+        self._squares = self._squares + squares + difference.square() * (self.n * n / total)
+        self._mean = self._mean + difference * (n / total)
+        self.n = total
+
+
+class VolumeMetric(CumulativeIterationMetric):
+    """One column of `reconstruction_metrics` as a MONAI metric, averaged over all volumes of all ranks.
+
+    In a config: `IgniteMetricHandler(metric_fn=VolumeMetric("psnr_brain"), output_transform=from_engine(["pred",
+    "image"]))`. Mind the order, MONAI's: first the reconstruction, then the scan.
+
+    Args:
+        column: l1, psnr, psnr_brain or ssim; ValueError for another.
+    """
+
+    def __init__(self, column: str) -> None:
+        if column not in _FIGURES:
+            raise ValueError(f"column must be one of {', '.join(_FIGURES)}, got {column!r}.")
+        super().__init__()
+        self.column = column
+
+    def aggregate(self) -> torch.Tensor:
+        """Mean over the volumes since the last reset, a scalar, nan and inf included; ValueError if there are none."""
+        values = self.get_buffer()
+        if not isinstance(values, torch.Tensor):
+            raise ValueError(f"{self.column} of no volumes; call the metric before aggregate.")
+        return values.mean()
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Figures (B, 1) of reconstructions `y_pred` and scans `y`, both (B, 1, D, H, W)."""
+        if y_pred.shape != y.shape or y.ndim != 5 or y.shape[1] != 1:
+            raise ValueError(f"y_pred and y must be (B, 1, D, H, W), got {tuple(y_pred.shape)} and {tuple(y.shape)}.")
+        return _FIGURES[self.column](_clamped(y), _clamped(y_pred))[:, None]
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], active_units: float | None = None) -> dict[str, dict[str, Any]]:
+    """Summary of one system over a set of volumes; everything in it can be written as JSON.
+
+    JSON has no inf and no nan. A volume that is reconstructed exactly (PSNR inf) is counted in `n_exact` and left out
+    of mean and sd, which can only lower them. One undefined figure (nan) makes the column's mean and sd None and that
+    volume the worst: a mean that leaves failures out flatters.
+
+    Args:
+        rows: one dict a volume: "name" and columns of `COLUMNS`, the same in each; other keys are not looked at.
+        active_units: `ActiveUnits.share()` of the set, where there is a latent.
+
+    Returns:
+        Per column: n; n_exact (where not 0); mean; sd (of the sample, None for one volume); worst; worst_name.
+        "active_units", if given, holds n and mean.
+
+    Raises:
+        ValueError: no rows, or a column that only some rows have.
+    """
+    if not rows:
+        raise ValueError("rows is empty; there is nothing to summarise.")
+    summary: dict[str, dict[str, Any]] = {}
+    for column, more_is_better in COLUMNS.items():
+        values = {str(row["name"]): float(row[column]) for row in rows if column in row}
+        if not values:
+            continue
+        if len(values) < len(rows):
+            raise ValueError(f"{len(rows)} rows, but '{column}' for {len(values)} names; is a name given twice?")
+        summary[column] = _summary_of_column(values, more_is_better)
+    if active_units is not None:
+        summary["active_units"] = {"n": len(rows), "mean": _json_number(active_units)}
+    return summary
+
+
+def format_table(
+    summaries: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    *,
+    split: str,
+    weights_sha256: str,
+    command: str,
+    model: str = "model",
+) -> str:
+    """The table of an evaluation as text: what it is of, one line a system, the model's worst volumes.
+
+    Args:
+        summaries: `summarise`'s result by system, in the table's order (model, identity, trilinear, dct, patch_pca).
+        split: the split's name.
+        weights_sha256: of the model's weights file.
+        command: what the user ran.
+        model: the system whose worst volumes are listed; ValueError if it is none of them.
+
+    Returns:
+        The text, no newline at its end.
+    """
+    if model not in summaries or not all(summaries.values()):
+        raise ValueError(f"'{model}' and columns for every system are needed, got {list(summaries)}.")
+    columns = [c for c in (*COLUMNS, "active_units") if any(c in summary for summary in summaries.values())]
+    table = [["system", "n", *columns]]
+    for system, summary in summaries.items():
+        n = max(figures["n"] for figures in summary.values())
+        table.append([system, str(n), *(_cell(column, summary.get(column)) for column in columns)])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = [
+        f"split: {split}   n: {table[1 + list(summaries).index(model)][1]} volumes, mean ± sd over volumes",
+        f"weights: sha256 {weights_sha256}",
+        f"command: {command}",
+        "",
+        *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table),
+        "",
+        f"worst volume of '{model}'",
+    ]
+    for column, figures in summaries[model].items():
+        if "worst_name" in figures:
+            lines.append(f"  {column:<10}  {_number(column, figures['worst'], figures):>8}  {figures['worst_name']}")
+    for system, summary in summaries.items():
+        for column, figures in summary.items():
+            if 0 < figures.get("n_exact", 0) < figures["n"]:
+                share = f"{figures['n_exact']} of {figures['n']}"
+                lines.append(f"{column} of '{system}': {share} volumes are exact (inf) and not in mean ± sd")
+    return "\n".join(lines)
+
+
+def _clamped(volume: torch.Tensor) -> torch.Tensor:
+    """Plain float32 in [0, 1], without MetaTensor's bookkeeping and without a graph."""
+    return volume.detach().as_subclass(torch.Tensor).float().clamp(0, 1)
+
+
+def _l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x - y).abs().flatten(1).mean(1)
+
+
+def _psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return -10 * torch.log10((x - y).square().flatten(1).mean(1))
+
+
+def _psnr_brain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    foreground = (x > FOREGROUND).float()
+    squares = ((x - y).square() * foreground).flatten(1).sum(1)
+    return -10 * torch.log10(squares / foreground.flatten(1).sum(1))
+
+
+def _ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if min(x.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} voxels or more, got {tuple(x.shape[2:])}.")
+    # Autocast's half precision would drown the variances, which are differences of nearly equal numbers.
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.as_tensor(SSIMMetric(spatial_dims=3, data_range=1.0)(y, x)).flatten()
+
+
+# Each takes clamped x and y, (B, 1, D, H, W), and gives (B,).
+_FIGURES = {"l1": _l1, "psnr": _psnr, "psnr_brain": _psnr_brain, "ssim": _ssim}
+
+
+def _summary_of_column(values: dict[str, float], more_is_better: bool) -> dict[str, Any]:
+    sign = -1 if more_is_better else 1
+    badness = {name: math.inf if math.isnan(value) else sign * value for name, value in values.items()}
+    worst = max(badness, key=badness.__getitem__)
+    failed = badness[worst] == math.inf
+    n_exact = sum(value == -math.inf for value in badness.values())
+    finite = torch.tensor([value for value in values.values() if math.isfinite(value)], dtype=torch.float64)
+    return {
+        "n": len(values),
+        **({"n_exact": n_exact} if n_exact else {}),
+        "mean": float(finite.mean()) if len(finite) and not failed else None,
+        "sd": float(finite.std()) if len(finite) > 1 and not failed else None,
+        "worst": _json_number(values[worst]),
+        "worst_name": worst,
+    }
+
+
+def _json_number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _number(column: str, value: float | None, figures: Mapping[str, Any]) -> str:
+    """A figure as text; None is inf where all volumes are exact, else undefined."""
+    if value is None:
+        return "inf" if figures.get("n_exact") == figures["n"] else "nan"
+    return f"{value:.2f}" if column.startswith("psnr") else f"{value:.4f}"
+
+
+def _cell(column: str, figures: Mapping[str, Any] | None) -> str:
+    if figures is None:
+        return "-"
+    mean = _number(column, figures["mean"], figures)
+    sd = figures.get("sd")
+    return mean if sd is None else f"{mean} ± {_number(column, sd, figures)}"

@@ -1,0 +1,232 @@
+"""The autoencoder of the bundle: MONAI's `AutoencoderKL` with the calling conventions that MONAI's tools need.
+
+Every config builds `BrainVAE`; training unpacks `(recon, mu, sigma)`, everything else (evaluators, MONAI Label,
+exports) gets one tensor. Constructor arguments and state-dict keys are MONAI's, so weights move between the two
+classes in both directions. The one addition is exact arithmetic: nearest-neighbour upsampling followed by a 3x3x3
+convolution is computed as one transposed convolution, with the kernel folded on the fly from the trained weights.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import UpSample
+from monai.networks.nets import AutoencoderKL
+from torch import nn
+
+from scripts.errors import InputError
+
+__all__ = ["BrainVAE", "FoldedUpsample", "load_weights", "read_state_dict", "start_deterministic"]
+
+
+class BrainVAE(AutoencoderKL):
+    """`monai.networks.nets.AutoencoderKL` that returns one tensor in eval mode and can be scripted.
+
+    Arguments are those of `AutoencoderKL`. In training mode `forward` returns `(recon, mu, sigma)` with `recon`
+    decoded from one sample of the posterior, in eval mode and under TorchScript the tensor decoded from the
+    posterior mean. `encode` and `decode` are exported to TorchScript (attention blocks cannot be scripted: trace).
+
+    Shapes for the default strides: image (B, 1, D, H, W) with sides that are multiples of 4, latent
+    (B, 4, D/4, H/4, W/4). `logvar` is 2 ln sigma and lies within [-30, 20].
+
+    Source: Kingma and Welling, https://arxiv.org/abs/1312.6114; Rombach et al., https://arxiv.org/abs/2112.10752;
+    MAISI, https://arxiv.org/abs/2409.11169.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:  # MONAI's own signature, forwarded whole
+        super().__init__(*args, **kwargs)
+        blocks = self.decoder.blocks
+        for index, block in enumerate(blocks):
+            if FoldedUpsample.replaces(block):
+                blocks[index] = FoldedUpsample(block)
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior of an image.
+
+        Args:
+            x: image (B, C, D, H, W).
+
+        Returns:
+            mu and sigma, each (B, latent_channels, D/4, H/4, W/4).
+        """
+        if torch.jit.is_scripting():
+            h = self.encoder(x)
+        else:
+            h = self._run(self.encoder, x)
+        mu = self.quant_conv_mu(h)
+        logvar = torch.clamp(self.quant_conv_log_sigma(h), -30.0, 20.0)
+        return mu, torch.exp(logvar / 2)
+
+    @torch.jit.export
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Image of a latent.
+
+        Args:
+            z: latent (B, latent_channels, D/4, H/4, W/4).
+
+        Returns:
+            image (B, C, D, H, W).
+        """
+        z = self.post_quant_conv(z)
+        if torch.jit.is_scripting():
+            image = self.decoder(z)
+        else:
+            image = self._run(self.decoder, z)
+        return image
+
+    def forward(self, x: torch.Tensor):
+        """Reconstruct.
+
+        Args:
+            x: image (B, C, D, H, W).
+
+        Returns:
+            `(recon, mu, sigma)` in training mode, else the reconstruction from the posterior mean, (B, C, D, H, W).
+        """
+        mu, sigma = self.encode(x)
+        if torch.jit.is_scripting():
+            return self.decode(mu)
+        else:  # scripting compiles only one side of this branch, so the two return types never meet
+            if self.training:
+                return self.decode(self.sampling(mu, sigma)), mu, sigma
+            return self.decode(mu)
+
+    @torch.jit.unused
+    def _run(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+        return part(x)
+
+
+class FoldedUpsample(nn.Module):
+    """Nearest-neighbour x2 upsampling and a 3x3x3 convolution as one transposed convolution.
+
+    In one dimension the output at o is the sum over i of x[i] W[o + 1 - 2i] with W = (w2, w1 + w2, w0 + w1, w0) for
+    the convolution's kernel (w0, w1, w2): kernel 4, stride 2, padding 1; in three dimensions the same holds axis by
+    axis. 8 multiplications an output instead of 27. The parameters stay those of the convolution, under the same
+    names, so state dicts do not change and training goes on as before; results agree to rounding.
+
+    Args:
+        upsample: MONAI's `UpSample` block (nearest, factor 2, then a 3x3x3 convolution) whose convolution is taken.
+    """
+
+    def __init__(self, upsample: UpSample) -> None:
+        super().__init__()
+        self.postconv = upsample.postconv
+        fold = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        self.register_buffer("fold", fold, persistent=False)
+
+    @staticmethod
+    def replaces(block: nn.Module) -> bool:
+        """Whether the block is one that this class computes exactly."""
+        if not (isinstance(block, UpSample) and hasattr(block, "postconv") and hasattr(block, "upsample_non_trainable")):
+            return False
+        up, conv = block.upsample_non_trainable, getattr(block.postconv, "conv", None)
+        return (
+            up.mode == "nearest"
+            and up.scale_factor in (2.0, (2.0, 2.0, 2.0))
+            and isinstance(conv, nn.Conv3d)
+            and conv.kernel_size == (3, 3, 3)
+            and conv.stride == (1, 1, 1)
+            and conv.padding == (1, 1, 1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) to (B, C', 2D, 2H, 2W)."""
+        conv = self.postconv.conv
+        kernel = torch.einsum("oixyz,ax,by,cz->ioabc", conv.weight, self.fold, self.fold, self.fold)
+        return F.conv_transpose3d(x, kernel, conv.bias, stride=2, padding=1)
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state dict without executing anything that the file may hold.
+
+    Args:
+        path: a `.safetensors` file, or a `torch.save` file that holds a state dict, bare or under the key `model`.
+
+    Returns:
+        Names to tensors, on the CPU.
+
+    Raises:
+        InputError: the file is missing, is not a weights file, or holds something else than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the path of a weights file as 'weights'.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} cannot be read as weights (damaged, or not a weights file); copy it again.") from error
+    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"{path} cannot be read as safetensors (damaged or cut off); copy it again.") from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not content or not all(torch.is_tensor(v) for v in content.values()):
+        raise InputError(f"{path} holds no state dict (names to tensors); export the network's state_dict().")
+    return dict(content)
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Load weights strictly: every name and every shape must fit.
+
+    Args:
+        network: the network to fill, in place.
+        path: see `read_state_dict`.
+
+    Returns:
+        The network.
+
+    Raises:
+        InputError: the file cannot be read, or is of another architecture.
+    """
+    state = read_state_dict(path)
+    own = network.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    if missing or unknown or reshaped:
+        example = (
+            f"'{reshaped[0]}' is {tuple(state[reshaped[0]].shape)} there and {tuple(own[reshaped[0]].shape)} here"
+            if reshaped
+            else f"'{missing[0]}' is missing"
+            if missing
+            else f"'{unknown[0]}' is not known here"
+        )
+        raise InputError(
+            f"{path} is of another architecture than network_def: {len(missing)} missing, {len(unknown)} unknown, "
+            f"{len(reshaped)} of another shape ({example}); use the config that trained it, or an overlay such as "
+            "configs/maisi.json."
+        )
+    network.load_state_dict(state)
+    return network
+
+
+def start_deterministic(network: nn.Module, logvar: float = -8.0) -> nn.Module:
+    """Start training with an almost noise-free posterior: the log-variance head begins at a constant.
+
+    A fresh network has sigma near 1, noise as loud as the signal, and learns slowly until it has pushed it down.
+    From sigma = exp(logvar / 2) = 0.018 it is an autoencoder first, and the KL raises sigma where that costs nothing.
+
+    Args:
+        network: a `BrainVAE`, changed in place.
+        logvar: the constant, within [-30, 20].
+
+    Returns:
+        The network.
+    """
+    if not -30.0 <= logvar <= 20.0:
+        raise ValueError(f"logvar must lie within [-30, 20], got {logvar}")
+    head = network.quant_conv_log_sigma.conv
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, logvar)
+    return network

@@ -1,0 +1,299 @@
+"""The check before any work starts: every scan of a cohort against a list of named criteria.
+
+Training, evaluation, encoding and inference call `check_cohort` with the cohort's records. The one idea: a criterion
+is a name and a function that says nothing, or what is wrong and what to do; the header's criteria come first, so that
+no voxel is read of a file that cannot be a T1w scan. All bad files are gathered and shown in one table. Files that
+passed are known by size and modification time, so that a second check takes no time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import SerializableImage
+from nibabel.spatialimages import SpatialImage
+from tqdm import tqdm
+
+from scripts.errors import InputError
+
+__all__ = ["DATA_CRITERIA", "HEADER_CRITERIA", "check_cohort", "check_scan"]
+
+CRITERIA_VERSION = 1  # a change of any criterion that concerns the file needs a new one: it voids what is remembered
+SPACING_MM = (0.3, 4.0)
+LEAST_FIELD_OF_VIEW_MM = 80.0
+MOST_VOXELS = 1024**3
+PERCENTILE = 99.5  # the intensity that the preprocessing divides by
+
+_Entry = list[int]  # size in bytes, mtime in ns
+
+
+def check_cohort(
+    records: Sequence[dict[str, str]], checks: str = "stop", label_required: bool = False, report_dir: str | Path = ""
+) -> list[dict[str, str]]:
+    """Check every scan of a cohort and print how many are good.
+
+    Records of one cohort with the same subject, session and file name (less the suffix) are one scan listed twice;
+    the first counts as good. Labels and duplicates are looked at every time, files that passed not again.
+
+    Args:
+        records: from `scripts.cohort.read_cohort`.
+        checks: `stop` raises an error if any scan is bad; `skip` prints the table and goes on with the good ones.
+        label_required: whether a record without a label is bad.
+        report_dir: folder of `preflight.json`, which remembers the files that passed (hash of the path, size, time);
+            "" for `brain_t1_vae` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    Returns:
+        The good records in their order.
+
+    Raises:
+        InputError: `checks` is neither of the two; a scan is bad under `stop`; or no good scan is left.
+    """
+    if checks not in ("stop", "skip"):
+        raise InputError(f"checks is {checks!r}; give 'stop' or 'skip'.")
+    if not records:
+        raise InputError("There is no scan to check; check dataset_dir and split.")
+    cache_file = _cache_file(report_dir)
+    known = _read_cache(cache_file)
+    passed: dict[str, _Entry] = {}
+    n_known = 0
+    good: list[dict[str, str]] = []
+    bad: list[tuple[str, str, str]] = []
+    listed: dict[tuple[str, ...], str] = {}
+    quiet = len(records) < 20 or not sys.stderr.isatty()  # few are checked before a bar can be read
+    for record in tqdm(records, desc="pre-flight check", unit="scan", disable=quiet):
+        problem = _check_record(record, label_required, listed)
+        if not problem:
+            key, entry = _fingerprint(record["image"])
+            is_known = bool(entry) and known.get(key) == entry
+            n_known += is_known
+            problem = None if is_known else check_scan(record["image"])
+            passed |= {} if problem else {key: entry}
+        if problem:
+            bad.append((record["image"], *problem))
+        else:
+            good.append(record)
+    if any(known.get(key) != entry for key, entry in passed.items()):
+        _write_cache(cache_file, known | passed)
+    if bad and (checks == "stop" or not good):
+        remedy = "Mend or remove them, or set checks to 'skip' to go on without them." if good else "None is left."
+        raise InputError(f"{len(bad)} of {len(records)} scans fail the pre-flight check. {remedy}\n{_table(bad)}")
+    print(f"pre-flight check: {len(records)} scans, {len(good)} good ({n_known} known from an earlier run)")
+    if bad:
+        print(f"{len(bad)} left out:\n{_table(bad)}")
+    return good
+
+
+def check_scan(path: str | Path) -> tuple[str, str] | None:
+    """Check one file; None if it is good, else the first criterion it fails, and what is wrong and what to do.
+
+    Memory: the voxels as stored and once as float32, then twice as float32 for the percentile.
+    """
+    if reason := _exists(str(path)):
+        return "exists", reason
+    try:
+        image = nib.load(path)
+        if not isinstance(image, SpatialImage):
+            return "opens", f"is a {type(image).__name__}, not a volume; give a NIfTI or MGH scan."
+        for name, criterion in HEADER_CRITERIA.items():
+            if reason := criterion(image):
+                return name, reason
+        data = _read(image, path)
+    except Exception as error:  # a damaged file makes a reader raise nearly anything
+        return "opens", _why_unreadable(str(path), error)
+    for name, data_criterion in DATA_CRITERIA.items():
+        if reason := data_criterion(data):
+            return name, reason
+    return None
+
+
+def _one_volume(image: SpatialImage) -> str:
+    shape = _by(image.shape)
+    if len(image.shape) == 4 and image.shape[3] == 1:  # MONAI would take it, but not give the same shape back
+        return f"has 4 dimensions ({shape}), the last of size 1; drop it with nibabel.squeeze_image."
+    if len(image.shape) > 3:
+        return f"has {len(image.shape)} dimensions ({shape}); a T1w scan has 3. Is it a functional run?"
+    if len(image.shape) < 3 or min(image.shape) < 2:
+        return f"has the shape {shape}, which is not a volume; a T1w scan has 3 dimensions. Is it a single slice?"
+    return ""
+
+
+def _size(image: SpatialImage) -> str:
+    fault = f"declares {_by(image.shape)} voxels, more than 1024 cubed; its header is damaged: convert it again."
+    return fault if math.prod(int(n) for n in image.shape) > MOST_VOXELS else ""  # before anything is allocated
+
+
+def _numeric(image: SpatialImage) -> str:
+    dtype = image.get_data_dtype()
+    kind = {"c": "complex", "V": "colour (RGB)"}.get(dtype.kind, str(dtype))
+    fault = f"holds {kind} values; a T1w scan has one real number a voxel. Export the magnitude image."
+    return "" if dtype.kind in "iuf" else fault
+
+
+def _affine(image: SpatialImage) -> str:
+    matrix = np.asarray(image.affine, dtype=float)
+    is_finite = np.isfinite(matrix).all()
+    # the volume is compared to that of a box of the same edges, so that small voxels do not pass for a singular matrix
+    if is_finite and abs(np.linalg.det(matrix[:3, :3])) > 1e-6 * voxel_sizes(matrix).prod():
+        return ""
+    fault = "that cannot be inverted" if is_finite else "with NaN or infinite entries"
+    return f"has an affine {fault}; convert the scan again from DICOM, or mend its sform and qform."
+
+
+def _spacing(image: SpatialImage) -> str:
+    low, high = SPACING_MM
+    spacing = voxel_sizes(image.affine)
+    fault = f"has voxels of {_by(spacing.round(3))} mm; {low:g} to {high:g} mm are expected on each axis."
+    is_good = (spacing >= low - 1e-4).all() and (spacing <= high + 1e-4).all()  # float32 headers round
+    return "" if is_good else f"{fault} Thick 2D slices do not fit; else check that the header is in mm."
+
+
+def _field_of_view(image: SpatialImage) -> str:
+    field = voxel_sizes(image.affine) * np.array(image.shape, dtype=float)
+    fault = f"covers {_by(field.round())} mm; a head needs {LEAST_FIELD_OF_VIEW_MM:g} mm on each axis. Is it a slab?"
+    return "" if (field >= LEAST_FIELD_OF_VIEW_MM - 1e-2).all() else fault
+
+
+def _finite(data: np.ndarray) -> str:
+    n_bad = data.size - np.count_nonzero(np.isfinite(data))
+    return f"has {n_bad} voxels that are NaN or infinite in float32; set them to 0." if n_bad else ""
+
+
+def _not_empty(data: np.ndarray) -> str:
+    return "" if data.any() else "has no voxel other than zero; export it again."
+
+
+def _not_constant(data: np.ndarray) -> str:
+    first = data.flat[0]
+    return f"has the value {first:g} in every voxel; export it again." if (data == first).all() else ""
+
+
+def _bright(data: np.ndarray) -> str:
+    level = float(np.percentile(data, PERCENTILE))
+    fault = f"has a {PERCENTILE}th percentile of {level:g}; intensities are divided by it, so it must be above zero."
+    return "" if level > 0 else f"{fault} Is it a mask, a difference image, or mostly empty?"
+
+
+HEADER_CRITERIA: dict[str, Callable[[SpatialImage], str]] = {
+    "one volume": _one_volume,
+    "size": _size,
+    "real numbers": _numeric,
+    "affine": _affine,
+    "spacing": _spacing,
+    "field of view": _field_of_view,
+}
+DATA_CRITERIA: dict[str, Callable[[np.ndarray], str]] = {
+    "finite": _finite,
+    "not empty": _not_empty,
+    "not constant": _not_constant,
+    "bright": _bright,
+}
+
+
+def _by(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{number:.10g}" for number in numbers)
+
+
+def _check_record(
+    record: Mapping[str, str], label_required: bool, listed: dict[tuple[str, ...], str]
+) -> tuple[str, str] | None:
+    if label_required and not record["label"]:
+        return "label", "has no label; fill it in in the cohort's table, or set checks to 'skip'."
+    stem = Path(Path(record["image"]).name.removesuffix(".gz")).stem
+    key = (record["cohort"], record["subject"], record["session"], stem)
+    if record["subject"] and key in listed:
+        remedy = "remove one, or tell them apart by ses-<id> folders or a CSV with a column 'session'."
+        return "unique", f"has the subject, session and file name of {listed[key]}; {remedy}"
+    listed[key] = record["image"]
+    return None
+
+
+def _exists(path: str) -> str:
+    if os.path.isfile(path):
+        return ""
+    if os.path.isdir(path):
+        return "is a folder; give a file, and convert DICOM with dcm2niix first."
+    if os.path.islink(path):
+        return "is a link to a file that is not here; fetch it (datalad get, git annex get)."
+    return "does not exist; check the path."
+
+
+def _read(image: SpatialImage, path: str | Path) -> np.ndarray:
+    """Read all voxels as float32, and a compressed file to its end, where its checksum stands."""
+    with open(path, "rb") as file, np.errstate(over="ignore"):  # what overflows float32 becomes inf and is reported
+        if file.read(2) != b"\x1f\x8b" or not isinstance(image, SerializableImage):
+            return np.asarray(image.dataobj, dtype=np.float32)
+        with gzip.open(path) as stream:
+            data = np.asarray(type(image).from_stream(stream).dataobj, dtype=np.float32)
+            while stream.read(1 << 20):
+                pass
+    return data
+
+
+def _why_unreadable(path: str, error: Exception) -> str:
+    if not os.access(path, os.R_OK):
+        return "cannot be read; check its permissions."
+    with open(path, "rb") as file:
+        head = file.read(200)
+    text = head.lstrip().lower()
+    if not head:
+        return "is empty (0 bytes); copy or export it again."
+    if text.startswith((b"<!doctype", b"<html")):
+        return "is a web page, not a scan: the download failed; download it again."
+    if text.startswith((b"version https://git-lfs", b"/annex/objects", b"../")):
+        return "is a placeholder of git-lfs or git-annex; fetch its content (git lfs pull, datalad get)."
+    if path.lower().endswith((".gz", ".mgz")) and not head.startswith(b"\x1f\x8b"):
+        return "is not compressed, though its suffix says so; rename it (.nii, .mgh), or download it again."
+    detail = " ".join(str(error).replace(path, "the file").split())[:120]
+    return f"cannot be read to its end ({type(error).__name__}: {detail}); copy, download or convert it again."
+
+
+def _table(bad: Sequence[tuple[str, str, str]]) -> str:
+    rows = [("file", "criterion", "what is wrong and what to do"), *bad]
+    wide, narrow = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"  {file:<{wide}}  {criterion:<{narrow}}  {reason}" for file, criterion, reason in rows)
+
+
+def _fingerprint(path: str) -> tuple[str, _Entry]:
+    """Give the cache's key, which does not tell the path, and size and time of change; [] where there is no file."""
+    key = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()
+    status = os.stat(path) if os.path.isfile(path) else None
+    return key, [status.st_size, status.st_mtime_ns] if status else []
+
+
+def _cache_file(report_dir: str | Path) -> Path:
+    if report_dir:
+        return Path(report_dir, "preflight.json")
+    places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()
+    return Path(next(filter(os.path.isabs, places)), "brain_t1_vae", "preflight.json")
+
+
+def _read_cache(path: Path) -> dict[str, _Entry]:
+    # a cache that is missing or damaged costs time, never an error
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["passed"]) if content["version"] == CRITERIA_VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write_cache(path: Path, passed: Mapping[str, _Entry]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"version": CRITERIA_VERSION, "passed": passed}), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:  # read-only or full: the next run checks again
+        with suppress(OSError):
+            temporary.unlink()

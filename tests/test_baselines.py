@@ -1,0 +1,181 @@
+"""The codes that a VAE has to beat: their budget, what they keep exactly, and their fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from safetensors.torch import save_file
+
+from scripts.baselines import BASELINES, DCT, PatchPCA, Trilinear, latent_budget
+from scripts.errors import InputError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+MODEL_SPACE = (112, 136, 112)
+SIZE = (16, 20, 12)
+# Rounding of float32 transforms of values of order 1.
+EXACT = 1e-5
+
+
+def random_volumes(n: int = 1, seed: int = 0) -> torch.Tensor:
+    """Noise (n, 1, D, H, W), also above 1."""
+    return torch.rand(n, 1, *SIZE, generator=torch.Generator().manual_seed(seed)) * 1.5
+
+
+def fitted(name: str) -> object:
+    """The code of that name, fitted to noise."""
+    return BASELINES[name]().fit(random_volumes(4, seed=1))
+
+
+def test_budget_in_model_space():
+    """The latent's 106,624 values; the coarse grid is the documented one, and not above the budget."""
+    assert latent_budget(MODEL_SPACE) == 4 * 28 * 34 * 28 == 106_624
+    assert Trilinear().coarse_size(MODEL_SPACE) == (44, 54, 44)
+    assert DCT().kept(MODEL_SPACE).sum() == 106_624
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_constant_survives(name: str):
+    """Each code keeps what does not vary, for a batch, in the same shape, float32, and names itself."""
+    x = torch.full((2, 1, *SIZE), 0.7, dtype=torch.float64)
+    y = BASELINES[name]().fit([torch.full(SIZE, 0.7)])(MetaTensor(x))
+    assert BASELINES[name].name == name
+    assert (y.shape, y.dtype, type(y)) == (x.shape, torch.float32, torch.Tensor)
+    torch.testing.assert_close(y, x.float(), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_codes_lose_information(name: str):
+    """Noise does not fit into a sixteenth of its values: none of the codes may hand the input back."""
+    x = random_volumes()
+    assert float((fitted(name)(x) - x).square().mean() / x.var()) > 0.5
+
+
+@pytest.mark.parametrize("name", ["dct", "patch_pca"])
+def test_projections_do_not_lose_more_the_second_time(name: str):
+    """Both are orthogonal projections: what they keep, they keep for good."""
+    code = fitted(name)
+    once = code(random_volumes())
+    torch.testing.assert_close(code(once), once, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_samples_do_not_touch_each_other(name: str):
+    """A batch is coded as its volumes one by one."""
+    x, code = random_volumes(2), fitted(name)
+    torch.testing.assert_close(code(x), torch.cat([code(x[:1]), code(x[1:])]), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_wrong_shapes_are_refused(name: str):
+    """Batch and channel axes are needed, as everywhere."""
+    with pytest.raises(ValueError, match="B, 1, D, H, W"):
+        fitted(name)(torch.zeros(SIZE))
+
+
+def test_dct_keeps_low_frequencies():
+    """A slow cosine along an axis is kept, a fast one is gone."""
+    position = (torch.arange(SIZE[0]) + 0.5) / SIZE[0]
+    for order, kept in [(3, True), (SIZE[0] - 1, False)]:
+        wave = torch.cos(torch.pi * order * position)[:, None, None].expand(SIZE)[None, None].contiguous()
+        y = DCT()(wave)
+        torch.testing.assert_close(y, wave if kept else torch.zeros_like(wave), rtol=0, atol=EXACT)
+
+
+def test_dct_keeps_the_nearest_coefficients():
+    """No coefficient left out is nearer to zero frequency, in shares of each axis, than one that is kept."""
+    i, j, k = np.indices(SIZE)
+    radius = (i / SIZE[0]) ** 2 + (j / SIZE[1]) ** 2 + (k / SIZE[2]) ** 2
+    kept = DCT().kept(SIZE)
+    assert radius[kept].max() <= radius[~kept].min()
+
+
+def test_patch_pca_is_exact_on_four_components():
+    """Blocks that are a mean plus four patterns are kept whole, wherever the blocks lie."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.rand(1, 4, 1, 4, 1, 4, generator=generator)
+    patterns = torch.randn(4, 4, 4, 4, generator=generator)
+
+    def volume() -> torch.Tensor:
+        weights = torch.randn(4, *(side // 4 for side in SIZE), generator=generator)
+        return (torch.einsum("cxyz,cijk->xiyjzk", weights, patterns) + mean).reshape(1, 1, *SIZE)
+
+    code = PatchPCA().fit([volume() for _ in range(3)])
+    assert code.explained == pytest.approx(1.0, abs=1e-9)
+    x = volume()
+    torch.testing.assert_close(code(x), x, rtol=0, atol=5e-5)  # weights add up to about 10
+
+
+def test_patch_pca_is_numpys_svd():
+    """Streaming over volumes gives the components of all blocks at once, about their mean, whatever the offset."""
+    x = random_volumes(3) + 5
+    blocks = x.reshape(3, 4, 4, 5, 4, 3, 4).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 64).double().numpy()
+    centred = blocks - blocks.mean(0)
+    _, singular, vectors = np.linalg.svd(centred, full_matrices=False)
+    code = PatchPCA().fit([x[0], x[1:]])  # single volumes and batches
+    assert code.explained == pytest.approx((singular[:4] ** 2).sum() / (singular**2).sum(), rel=1e-9)
+    projector = code.components.T.double().numpy() @ code.components.double().numpy()
+    np.testing.assert_allclose(projector, vectors[:4].T @ vectors[:4], atol=1e-5)
+
+
+def test_patch_pca_survives_a_file(tmp_path: Path):
+    """Saved and loaded, it codes the same; nothing else is left in the folder."""
+    code, path = fitted("patch_pca"), tmp_path / "new" / "patch_pca.safetensors"
+    code.save(path)
+    loaded = PatchPCA.load(path)
+    assert loaded.explained == code.explained
+    assert torch.equal(loaded(random_volumes()), code(random_volumes()))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_patch_pca_refuses_wrong_files(tmp_path: Path):
+    """Absent, damaged, or another safetensors file: one sentence with its name."""
+    damaged, other = tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
+    damaged.write_bytes(b"no tensors")
+    save_file({"mean": torch.zeros(3)}, other)
+    for path in (tmp_path / "absent.safetensors", damaged, other):
+        with pytest.raises(InputError, match=path.name):
+            PatchPCA.load(path)
+
+
+def test_patch_pca_has_to_be_fitted_first(tmp_path: Path):
+    """Neither coding nor saving an unfitted code."""
+    with pytest.raises(ValueError, match="not fitted"):
+        PatchPCA()(random_volumes())
+    with pytest.raises(ValueError, match="not fitted"):
+        PatchPCA().save(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("volumes", "message"),
+    [
+        ([], "empty"),
+        ([torch.zeros(10, 12, 12)], "multiples of 4"),
+        ([torch.full(SIZE, torch.nan)], "not finite"),
+        ([torch.zeros(4, 4)], "D, H, W"),
+    ],
+    ids=["none", "odd sides", "nan", "flat"],
+)
+def test_patch_pca_refuses_to_fit(volumes: list[torch.Tensor], message: str):
+    """Nothing to learn from, blocks that do not fit, values that are no numbers."""
+    with pytest.raises(ValueError, match=message):
+        PatchPCA().fit(volumes)
+
+
+@pytest.mark.skipif(not (SHARED / "ds002748").is_dir(), reason="needs the shared data")
+def test_real_brains_are_ranked_as_documented():
+    """On brains the DCT has the lowest error, then the patch PCA, then the coarse grid, as with other scans before."""
+    volumes = []
+    for subject in ("sub-01", "sub-02", "sub-03"):
+        path = SHARED / "ds002748" / subject / "anat" / f"{subject}_T1w.nii.gz"
+        scan = nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32)
+        scan = scan[tuple(slice(0, side // 4 * 4) for side in scan.shape)]
+        volumes.append(torch.from_numpy(np.ascontiguousarray(scan / np.percentile(scan, 99.5)))[None, None])
+    codes = [DCT(), PatchPCA().fit(volumes[:2]), Trilinear()]
+    errors = [float((code(volumes[2]) - volumes[2]).square().mean()) for code in codes]
+    assert errors == sorted(errors)
+    assert 0.95 < codes[1].explained < 0.99

@@ -104,7 +104,7 @@ def demo_scan(number: int, templates: Templates) -> nib.Nifti1Image:
     whole_head = (number - 1) // 2 % 2 == 1
 
     spacing = float(rng.choice([1.4, 1.5, 1.5, 1.6]))
-    extent, centre = ((182, 236, 230), (0, -8, -20)) if whole_head else ((160, 196, 168), (0, -17, 4))  # mm
+    extent, centre = ((188, 240, 232), (0, -4, -13)) if whole_head else ((168, 206, 178), (0, -17, 4))  # mm
     grid = _Grid(tuple(int(length / spacing) for length in extent), spacing, centre)
     ventricle_growth = 1.5 + 1.2 * old + 4.5 * patient + rng.normal(0, 0.5)  # mm
     points = grid.upsample(_deform(grid, rng, templates.pull, ventricle_growth))

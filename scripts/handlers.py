@@ -29,7 +29,7 @@ from scripts.files import replacing
 from scripts.losses import VAELoss
 from scripts.pictures import figure_to_array, recon_panel
 
-__all__ = ["EpochSeed", "GradientClip", "LossBar", "PictureLog", "TrainingLog", "WarmEMA"]
+__all__ = ["EpochSeed", "GradientClip", "LossBar", "PictureLog", "ScanBar", "TrainingLog", "WarmEMA"]
 
 
 class WarmEMA(EMAHandler):
@@ -135,11 +135,19 @@ class LossBar:
         ProgressBar(persist=False).attach(engine, output_transform=_loss_of)
 
 
+class ScanBar:
+    """Ignite's progress bar over the scans of an evaluation or a reconstruction."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        ProgressBar(persist=False, desc="scans").attach(engine)
+
+
 class TrainingLog:
     """One line an epoch: printed, in `metrics.csv`, and as TensorBoard scalars.
 
-    The columns are the epoch, the learning rate, the gradient's mean norm, the means of the loss and its unweighted
-    terms over the epoch, and the metrics of a validation where one ran. A resumed run drops the lines of the epochs
+    The columns are the epoch, the means over its steps of the learning rate, the loss, its unweighted terms and the
+    gradient's norm, and the metrics of a validation where one ran. A resumed run drops the lines of the epochs
     that it repeats.
 
     Args:
@@ -172,10 +180,10 @@ class TrainingLog:
 
     def _clear(self, engine: Engine) -> None:
         self.steps = []
-        self.learning_rate = self.optimizer.param_groups[0]["lr"]
 
     def _step(self, engine: Engine) -> None:
-        parts = {**self.loss.parts, "gradient_norm": self.clip.norm}
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        parts = {"learning_rate": learning_rate, **self.loss.parts, "gradient_norm": self.clip.norm}
         self.steps.append(parts)
         for name, value in parts.items():
             self.writer.add_scalar(f"step/{name}", value, engine.state.iteration)
@@ -184,8 +192,7 @@ class TrainingLog:
         if engine.state.rank != 0:
             return
         epoch = engine.state.epoch
-        row: dict[str, float] = {"epoch": epoch, "learning_rate": self.learning_rate}
-        row |= pd.DataFrame(self.steps).mean().to_dict()
+        row = {"epoch": epoch, **pd.DataFrame(self.steps).mean().to_dict()}
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:
             row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
         for name, value in row.items():

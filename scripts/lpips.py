@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .errors import InputError
 
@@ -48,8 +47,9 @@ CONVOLUTIONS = {  # number in torchvision's `features`: out, in, kernel, kernel
 class LPIPS3D(nn.Module):
     """Mean LPIPS over the slices of all three axes of a volume, as a loss and as a metric.
 
-    Each of the D + H + W slices weighs the same. Gradients flow to `input` alone and once only (double backward
-    raises). The weights are buffers that are neither trained nor written into a state dict.
+    Each of the D + H + W slices weighs the same. Gradients flow to `input` alone and once only (create_graph
+    raises). The weights are buffers that are neither trained nor written into a state dict. Everything is computed in
+    float32, also under autocast; in float64 after `.double()`.
 
     Args:
         weights: safetensors file with AlexNet's five convolutions and LPIPS's five heads; None is the bundle's own.
@@ -58,8 +58,6 @@ class LPIPS3D(nn.Module):
             generator (`torch.manual_seed`). An unbiased estimate of the mean, in training and evaluation mode alike.
         chunk_size: slices that go through the network at once; more only takes more memory on a CPU.
         reduction: "mean" over the batch, a scalar, or "none", one value a sample, (B,).
-        dtype: of all convolutions but the first: float32, or bfloat16 for cheap training gradients (float16 has not
-            the range). Everything else is float32, also under autocast. float64 is float64 throughout.
 
     Raises:
         InputError: the weights' file is absent, damaged, or not AlexNet's LPIPS.
@@ -72,7 +70,6 @@ class LPIPS3D(nn.Module):
         slice_fraction: float = 1.0,
         chunk_size: int = 16,
         reduction: str = "mean",
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         if not 0.0 < slice_fraction <= 1.0:
             raise ValueError(f"slice_fraction must be above 0 and at most 1, got {slice_fraction}.")
@@ -80,13 +77,10 @@ class LPIPS3D(nn.Module):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(f"dtype must be torch.float32, bfloat16 or float64, got {dtype!r}.")
         super().__init__()
         self.slice_fraction = slice_fraction
         self.chunk_size = chunk_size
         self.reduction = reduction
-        self.dtype = dtype
         for name, tensor in _load_weights(DEFAULT_WEIGHTS if weights is None else Path(weights)).items():
             self.register_buffer(name.replace(".", "_"), tensor, persistent=False)
 
@@ -141,12 +135,12 @@ class LPIPS3D(nn.Module):
 
     @property
     def _precision(self) -> torch.dtype:
-        """Type of everything but the trunk's convolutions."""
-        return torch.promote_types(self.dtype, torch.float32)
+        """Type of all computation: the weights', but at least float32, whatever a parent's `.half()` made of them."""
+        return torch.promote_types(self.get_buffer("features_0_weight").dtype, torch.float32)
 
-    def _buffer(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Give a buffer in the wanted type, whatever a parent's `.half()` has made of it."""
-        return self.get_buffer(name).to(dtype or self._precision)
+    def _buffer(self, name: str) -> Tensor:
+        """Give one of the weights in the type of computation."""
+        return self.get_buffer(name).to(self._precision)
 
     def _draw(self, sides: torch.Size) -> Slices:
         """Choose the slices; their weights add up to 1 over all axes."""
@@ -179,8 +173,8 @@ class LPIPS3D(nn.Module):
         """Run AlexNet from the first convolution's output, which is overwritten; the five layers' features."""
         features = [first.relu_()]
         for layer in list(CONVOLUTIONS)[1:]:
-            weight, bias = (self._buffer(f"features_{layer}_{part}", self.dtype) for part in ("weight", "bias"))
-            previous = features[-1].to(self.dtype)
+            weight, bias = (self._buffer(f"features_{layer}_{part}") for part in ("weight", "bias"))
+            previous = features[-1]
             if layer in (3, 6):
                 previous = F.max_pool2d(previous, kernel_size=3, stride=2)
             features.append(F.conv2d(previous, weight, bias, padding="same").relu_())
@@ -192,18 +186,17 @@ class LPIPS3D(nn.Module):
         Written out by hand, because autograd would keep some ten more tensors as large as the features. For
         u = f / |f| and the weighted difference r = w (u - v), the gradient is 2 (r - u (u . r)) / |f|.
         """
-        distance = torch.zeros(len(features[0]), dtype=self._precision, device=features[0].device)
+        distance = features[0].new_zeros(len(features[0]))
         gradients = []
         for layer, (feature, target) in enumerate(zip(features, targets, strict=True)):
             head = self._buffer(f"lin{layer}_weight")
-            unit, inverse_norm = _normalise(feature.detach().to(self._precision))
-            difference = unit - _normalise(target.to(self._precision))[0]
+            unit, inverse_norm = _normalise(feature.detach())
+            difference = unit - _normalise(target)[0]
             weighted = difference * head
             n_positions = feature.shape[-2] * feature.shape[-1]
             distance += difference.mul_(weighted).sum((1, 2, 3)) / n_positions
             along = torch.mul(unit, weighted, out=difference).sum(1, keepdim=True)
-            gradient = weighted.sub_(unit.mul_(along)).mul_(inverse_norm * (2 / n_positions))
-            gradients.append(gradient.to(feature.dtype))
+            gradients.append(weighted.sub_(unit.mul_(along)).mul_(inverse_norm * (2 / n_positions)))
         return distance, gradients
 
 
@@ -243,9 +236,10 @@ class _ChunkedDistance(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Scale each sample's gradient."""
+        if torch.is_grad_enabled():  # create_graph: the result would silently lack its dependence on the input
+            raise RuntimeError("LPIPS3D can be differentiated once only; create_graph=True does not work with it.")
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output.view(-1, 1, 1, 1, 1), None, None, None, None
 

@@ -1,9 +1,8 @@
 """The check before any work starts: every scan of a cohort against a list of named criteria.
 
 Training, evaluation, encoding and inference call `check_cohort` with the cohort's records. The one idea: a criterion
-is a name and a function that says nothing, or what is wrong and what to do; the header's criteria come first, so that
-no voxel is read of a file that cannot be a T1w scan. All bad files are gathered and shown in one table. Files that
-passed are known by size and modification time, so that a second check takes no time.
+is a name and a function that says nothing, or what is wrong and what to do; the header's come first, so that no voxel
+is read of a file that cannot be a T1w scan. Files that passed are known by size and time, so a second check is instant.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ CRITERIA_VERSION = 1  # a change of any criterion that concerns the file needs a
 SPACING_MM = (0.3, 4.0)
 LEAST_FIELD_OF_VIEW_MM = 80.0
 MOST_VOXELS = 1024**3
+DEFLATE_LIMIT = 1032  # no gzip file unpacks to more than this times its size (zlib's technical details)
 PERCENTILE = 99.5  # the intensity that the preprocessing divides by
-
-_Entry = list[int]  # size in bytes, mtime in ns
 
 
 def check_cohort(
@@ -66,8 +64,7 @@ def check_cohort(
         raise InputError("There is no scan to check; check dataset_dir and split.")
     cache_file = _cache_file(report_dir)
     known = _read_cache(cache_file)
-    passed: dict[str, _Entry] = {}
-    n_known = 0
+    passed: dict[str, list[int]] = {}
     good: list[dict[str, str]] = []
     bad: list[tuple[str, str, str]] = []
     listed: dict[tuple[str, ...], str] = {}
@@ -76,15 +73,14 @@ def check_cohort(
         problem = _check_record(record, label_required, listed)
         if not problem:
             key, entry = _fingerprint(record["image"])
-            is_known = bool(entry) and known.get(key) == entry
-            n_known += is_known
-            problem = None if is_known else check_scan(record["image"])
+            problem = None if entry and known.get(key) == entry else check_scan(record["image"])
             passed |= {} if problem else {key: entry}
         if problem:
             bad.append((record["image"], *problem))
         else:
             good.append(record)
-    if any(known.get(key) != entry for key, entry in passed.items()):
+    n_known = sum(known.get(key) == entry for key, entry in passed.items())
+    if n_known < len(passed):
         _write_cache(cache_file, known | passed)
     if bad and (checks == "stop" or not good):
         remedy = "Mend or remove them, or set checks to 'skip' to go on without them." if good else "None is left."
@@ -131,7 +127,7 @@ def _one_volume(image: SpatialImage) -> str:
 
 def _size(image: SpatialImage) -> str:
     fault = f"declares {_by(image.shape)} voxels, more than 1024 cubed; its header is damaged: convert it again."
-    return fault if math.prod(int(n) for n in image.shape) > MOST_VOXELS else ""  # before anything is allocated
+    return fault if math.prod(int(n) for n in image.shape) > MOST_VOXELS else ""
 
 
 def _numeric(image: SpatialImage) -> str:
@@ -231,8 +227,13 @@ def _exists(path: str) -> str:
 
 def _read(image: SpatialImage, path: str | Path) -> np.ndarray:
     """Read all voxels as float32, and a compressed file to its end, where its checksum stands."""
-    with open(path, "rb") as file, np.errstate(over="ignore"):  # what overflows float32 becomes inf and is reported
-        if file.read(2) != b"\x1f\x8b" or not isinstance(image, SerializableImage):
+    with open(path, "rb") as file:
+        is_compressed = file.read(2) == b"\x1f\x8b"
+    declared = math.prod(int(n) for n in image.shape) * image.get_data_dtype().itemsize
+    if os.path.getsize(path) * (DEFLATE_LIMIT if is_compressed else 1) < declared:  # before memory is taken for it
+        raise EOFError(f"its header declares {declared} bytes of voxels")
+    with np.errstate(over="ignore"):  # what overflows float32 becomes infinite and is reported
+        if not is_compressed or not isinstance(image, SerializableImage):
             return np.asarray(image.dataobj, dtype=np.float32)
         with gzip.open(path) as stream:
             data = np.asarray(type(image).from_stream(stream).dataobj, dtype=np.float32)
@@ -246,12 +247,11 @@ def _why_unreadable(path: str, error: Exception) -> str:
         return "cannot be read; check its permissions."
     with open(path, "rb") as file:
         head = file.read(200)
-    text = head.lstrip().lower()
     if not head:
         return "is empty (0 bytes); copy or export it again."
-    if text.startswith((b"<!doctype", b"<html")):
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not a scan: the download failed; download it again."
-    if text.startswith((b"version https://git-lfs", b"/annex/objects", b"../")):
+    if head.startswith((b"version https://git-lfs", b"/annex/objects")):
         return "is a placeholder of git-lfs or git-annex; fetch its content (git lfs pull, datalad get)."
     if path.lower().endswith((".gz", ".mgz")) and not head.startswith(b"\x1f\x8b"):
         return "is not compressed, though its suffix says so; rename it (.nii, .mgh), or download it again."
@@ -265,7 +265,7 @@ def _table(bad: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(f"  {file:<{wide}}  {criterion:<{narrow}}  {reason}" for file, criterion, reason in rows)
 
 
-def _fingerprint(path: str) -> tuple[str, _Entry]:
+def _fingerprint(path: str) -> tuple[str, list[int]]:
     """Give the cache's key, which does not tell the path, and size and time of change; [] where there is no file."""
     key = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()
     status = os.stat(path) if os.path.isfile(path) else None
@@ -279,7 +279,7 @@ def _cache_file(report_dir: str | Path) -> Path:
     return Path(next(filter(os.path.isabs, places)), "brain_t1_vae", "preflight.json")
 
 
-def _read_cache(path: Path) -> dict[str, _Entry]:
+def _read_cache(path: Path) -> dict[str, list[int]]:
     # a cache that is missing or damaged costs time, never an error
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -288,7 +288,7 @@ def _read_cache(path: Path) -> dict[str, _Entry]:
         return {}
 
 
-def _write_cache(path: Path, passed: Mapping[str, _Entry]) -> None:
+def _write_cache(path: Path, passed: Mapping[str, list[int]]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -212,7 +212,9 @@ def percentile_of(volume: torch.Tensor, percentile: float) -> float:
 
     `torch.quantile` stops at 16 million values; numpy's partition does not.
     """
-    value = float(np.percentile(convert_to_tensor(volume, track_meta=False).detach().cpu().numpy(), percentile))
+    values = convert_to_tensor(volume, track_meta=False).detach().cpu().numpy()
+    rank = np.asarray(percentile, dtype=np.float64)  # as a plain number numpy would round the rank to float32
+    value = float(np.percentile(values, rank))
     if not (math.isfinite(value) and value > 0):
         name = volume.meta.get("filename_or_obj", "the volume") if isinstance(volume, MetaTensor) else "the volume"
         raise InputError(

@@ -77,6 +77,13 @@ def test_wrong_shapes_are_refused(name: str):
         fitted(name)(torch.zeros(SIZE))
 
 
+def test_trilinear_does_not_shift():
+    """A ramp stays in place; only within a coarse voxel (3 voxels) of the faces it is held constant."""
+    ramp = torch.linspace(0, 1, SIZE[0])[:, None, None].expand(SIZE)[None, None].contiguous()
+    inside = (..., slice(3, -3), slice(None), slice(None))
+    torch.testing.assert_close(Trilinear()(ramp)[inside], ramp[inside], rtol=0, atol=EXACT)
+
+
 def test_dct_keeps_low_frequencies():
     """A slow cosine along an axis is kept, a fast one is gone."""
     position = (torch.arange(SIZE[0]) + 0.5) / SIZE[0]
@@ -118,6 +125,8 @@ def test_patch_pca_is_numpys_svd():
     _, singular, vectors = np.linalg.svd(centred, full_matrices=False)
     code = PatchPCA().fit([x[0], x[1:]])  # single volumes and batches
     assert code.explained == pytest.approx((singular[:4] ** 2).sum() / (singular**2).sum(), rel=1e-9)
+    variances = (centred @ code.components.T.double().numpy()).var(0)
+    assert variances.tolist() == sorted(variances, reverse=True)
     projector = code.components.T.double().numpy() @ code.components.double().numpy()
     np.testing.assert_allclose(projector, vectors[:4].T @ vectors[:4], atol=1e-5)
 

@@ -366,14 +366,14 @@ def test_names_hold_still(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.sampled_from(["a", "A", "b_a", "..a", "- a", "a.b", "x" * 120, "ü"]), min_size=1, max_size=5), st.data()
+    st.lists(st.sampled_from(["a", "A", "b_a", "-a", "- a", "a.b", "x" * 120, "ü"]), min_size=1, max_size=5), st.data()
 )
 def test_names_are_safe_and_unique(tmp_path_factory, folders, data):
     """Whatever the paths, names are unique without case, keep to their folder and fit a file name."""
     parts = st.lists(st.sampled_from(folders), min_size=0, max_size=3)
     stems = data.draw(st.lists(st.tuples(parts, st.sampled_from(folders)), min_size=1, max_size=8))
-    root = touch(tmp_path_factory.mktemp("n"), *("/".join([*where, f"v{stem}.nii"]) for where, stem in stems))
-    names = [r["name"] for r in read_cohort([str(root)], form="folder")] if any(root.rglob("*.nii")) else []
+    root = touch(tmp_path_factory.mktemp("n"), *("/".join([*where, f"{stem}.nii"]) for where, stem in stems))
+    names = [r["name"] for r in read_cohort([str(root)], form="folder")]
     assert len({name.casefold() for name in names}) == len(names)
     assert all("/" not in n and n[0] not in ".-" and len(n.encode()) <= 200 for n in names)
 

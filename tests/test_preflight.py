@@ -63,6 +63,12 @@ def cut(path, n_bytes):
     path.write_bytes(save(path).read_bytes()[:-n_bytes])
 
 
+def zipped(path, **fields):
+    """Write a compressed scan, almost all zeros, with fields of its header changed."""
+    with_header(path.with_name("plain.nii"), **fields)
+    path.write_bytes(gzip.compress(path.with_name("plain.nii").read_bytes()[:352] + bytes(100_000)))
+
+
 def flipped(path):
     """Write a compressed scan stored without compression, with one voxel changed: only the checksum tells."""
     content = bytearray(gzip.compress(save(path.with_name("whole.nii")).read_bytes(), compresslevel=0))
@@ -98,7 +104,8 @@ BAD = [
     ("a.mgz", lambda p: p.write_bytes(save(p, kind=nib.MGHImage).read_bytes()[:5000]), "opens", "read to its end"),
     ("a.nii.gz", flipped, "opens", "CRC"),
     ("a.nii", absurd, "size", "30000 x 30000 x 30000 voxels"),
-    ("a.nii", lambda p: with_header(p, dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]), "opens", "cannot be read to its end"),
+    ("a.nii", lambda p: with_header(p, dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]), "opens", "declares 2000000000 bytes"),
+    ("a.nii.gz", lambda p: zipped(p, dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]), "opens", "declares 2000000000 bytes"),
     ("a.nii", lambda p: with_header(p, dim=[3, -5, 40, 40, 1, 1, 1, 1]), "one volume", "not a volume"),
     ("a.nii", lambda p: save(p, volume((8, 8, 8, 5))), "one volume", r"4 dimensions \(8 x 8 x 8 x 5\).*functional run"),
     ("a.nii", lambda p: with_header(p, dim=[4, 40, 40, 40, 1, 1, 1, 1]), "one volume", "the last of size 1.*squeeze"),
@@ -132,6 +139,7 @@ GOOD = [
     ("a.nii", lambda p: save(p, volume((100, 100, 50), np.uint8), spacing=(0.8, 0.8, 1.6))),
     ("a.nii", lambda p: save(p, volume(dtype=np.float64), spacing=(-2.5, 2.5, 2.5))),
     ("a.nii", lambda p: save(p, sparse(SIDE**3 // 100))),
+    ("a.nii.gz", lambda p: save(p, sparse(SIDE**3 // 100))),
     ("a.nii", lambda p: with_header(p, sform_code=0, qform_code=0)),
     ("a.nii", lambda p: with_header(p, sform_code=1, srow_y=[1.0, 2.5, 0.0, -50.0])),
 ]

@@ -150,6 +150,19 @@ def test_another_group_does_not_change_the_order():
     assert [i for i in before if labels[i] == "depr"] == [i for i in after if i < n and labels[i] == "depr"]
 
 
+def test_seed_and_epoch_are_not_added_up():
+    """The second epoch of one seed is not the first epoch of the next one."""
+    second, first = BalancedBatchSampler(LABELS, 4, seed=0), BalancedBatchSampler(LABELS, 4, seed=1)
+    second.set_epoch(1)
+    assert list(second) != list(first)
+
+
+def test_groups_of_one_size_are_not_paired():
+    """Who stands with whom is random: equal groups are not put into the same order."""
+    pairs = list(BalancedBatchSampler(["a"] * 20 + ["b"] * 20, 2))
+    assert sum(b - a == 20 for a, b in pairs) < 10  # 1 expected by chance
+
+
 @pytest.mark.parametrize(("labels", "batch_size", "message"), REFUSED)
 def test_what_cannot_be_balanced_is_refused(labels: list[str], batch_size: int, message: str):
     """One sentence that names the groups and what to do."""

@@ -1,0 +1,70 @@
+"""What several test files need: paths, small synthetic heads, and configs started the way a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_NETWORK = [
+    "--network_def#channels", "[4, 8, 8]",
+    "--network_def#norm_num_groups", "4",
+    "--spatial_size", "[32, 36, 32]",
+    "--spacing", "4.0",
+]  # fmt: skip
+
+
+def head(seed: int, shape: tuple[int, int, int] = (36, 44, 36)) -> np.ndarray:
+    """A lopsided smooth blob with texture, int16 in scanner-like units, zero outside."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, side) for side in shape], indexing="ij"))
+    shift = rng.uniform(-0.1, 0.1, 3)[:, None, None, None]
+    radius = np.sqrt((((grid - shift) / np.array([0.75, 0.9, 0.8])[:, None, None, None]) ** 2).sum(0))
+    tissue = 700 + 250 * np.sin(6 * grid[0] + seed) * np.cos(5 * grid[1]) + 100 * grid[0] + rng.normal(0, 15, shape)
+    return np.where(radius < 1, tissue, 0).astype(np.int16)
+
+
+def write_scan(path: Path, seed: int = 0, spacing: float = 4.0) -> Path:
+    """Write `head(seed)` as NIfTI with LAS axes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = [90, -110, -90]
+    image = nib.Nifti1Image(head(seed), affine)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BIDS cohort of eight tiny heads in two groups, with a split column: six train, two val."""
+    root = tmp_path_factory.mktemp("cohort") / "bids"
+    lines = ["participant_id\tgroup\tsplit"]
+    for index in range(8):
+        subject = f"sub-{index + 1:02d}"
+        write_scan(root / subject / "anat" / f"{subject}_T1w.nii.gz", index)
+        lines.append(f"{subject}\t{'patient' if index % 3 else 'control'}\t{'val' if index > 5 else 'train'}")
+    (root / "participants.tsv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_bundle() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Start a config as a user does; returns the finished process."""
+
+    def run(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        if check and done.returncode != 0:
+            raise AssertionError(f"{' '.join(command)}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run

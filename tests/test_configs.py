@@ -1,0 +1,239 @@
+"""Every config, run as a subprocess the way a user starts it, on a tiny network and tiny heads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY_NETWORK, write_scan
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+JOBS = ["train", "evaluate", "inference"]
+FIRST_KEYS = ["bundle_root", "dataset_dir", "output_dir", "device"]
+ORDER = ["imports", "bundle_root", "network_def", "network", "preprocessing", "cohort", "inferer", "initialize", "run"]
+SAME_BLOCKS = ["network_def", "memory_format", "preprocessing", "device", "spacing", "spatial_size", "channels_last"]
+SAME_IN_EVALUATION = ["cohort", "scans", "val_fraction", "test_fraction", "label", "checks"]
+RESUMED_FILES = ["model.pt", "model_final.pt"]
+TINY_TRAINING = [*TINY_NETWORK, "--batch_size", "2", "--device", "cpu"]
+
+
+def config(name: str) -> dict:
+    """A config as it stands in the file."""
+    return json.loads((ROOT / "configs" / f"{name}.json").read_text())
+
+
+def train(run_bundle: Run, cohort: Path, output: Path, epochs: int, *more: str, overlays: tuple[str, ...] = ()):
+    """Run training for some epochs."""
+    files = [f"configs/{name}.json" for name in ("train", *overlays)]
+    return run_bundle(
+        "--config_file", str(files), "--dataset_dir", str(cohort), "--output_dir", str(output),
+        "--epochs", str(epochs), *TINY_TRAINING, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(run_bundle: Run, bids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of four epochs of training."""
+    output = tmp_path_factory.mktemp("trained")
+    train(run_bundle, bids, output, 4)
+    return output
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_begins_with_the_same_four_keys(job: str) -> None:
+    """After the imports stand bundle_root, dataset_dir, output_dir and device."""
+    assert list(config(job))[1:5] == FIRST_KEYS
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_blocks_stand_in_one_order(job: str) -> None:
+    """The reader finds every block where the other configs have it."""
+    keys = list(config(job))
+    positions = [keys.index(key) for key in ORDER]
+    assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("key", SAME_BLOCKS)
+def test_a_block_is_the_same_in_every_config(key: str) -> None:
+    """Written out in each config (macros across files break MONAI's tools), and equal."""
+    assert config("train")[key] == config("evaluate")[key] == config("inference")[key]
+
+
+@pytest.mark.parametrize("key", SAME_IN_EVALUATION)
+def test_training_and_evaluation_read_the_same_cohort(key: str) -> None:
+    """What decides about the split is the same in both."""
+    assert config("train")[key] == config("evaluate")[key]
+
+
+@pytest.mark.parametrize(("job", "kind"), [("train", "train"), ("evaluate", "infer"), ("inference", "infer")])
+def test_monai_finds_the_properties_of_a_workflow(
+    job: str, kind: str, bids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    """`check_properties` misses nothing."""
+    monkeypatch.chdir(ROOT)
+    workflow = ConfigWorkflow(
+        config_file=f"configs/{job}.json",
+        meta_file="configs/metadata.json",
+        logging_file="configs/logging.conf",
+        workflow_type=kind,
+        dataset_dir=str(bids),
+        output_dir=str(tmp_path),
+        device="cpu",
+        weights=str(trained / "model.pt"),
+        spatial_size=[32, 36, 32],
+        spacing=4.0,
+        **{"network_def#channels": [4, 8, 8], "network_def#norm_num_groups": 4},
+    )
+    workflow.initialize()
+    assert workflow.check_properties() in (None, [])
+
+
+def test_training_writes_its_curve_and_weights(trained: Path) -> None:
+    """metrics.csv has a line an epoch with every part; model.pt is a bare state dict; two checkpoints are kept."""
+    curve = pd.read_csv(trained / "metrics.csv")
+    assert curve["epoch"].tolist() == [1, 2, 3, 4]
+    columns = {"learning_rate", "loss", "l1", "kl", "lpips", "gradient_norm", "val_psnr_brain", "val_psnr", "val_l1"}
+    assert columns <= set(curve.columns)
+    assert np.isfinite(curve.to_numpy()).all()
+    assert all(torch.is_tensor(v) for v in torch.load(trained / "model.pt", weights_only=True).values())
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["epoch_0003.pt", "epoch_0004.pt"]
+    assert list((trained / "tensorboard").glob("events*"))
+
+
+def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(
+    run_bundle: Run, bids: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Two epochs, then the other two by --resume True, with augmentation and a cache on disk."""
+    cache = ["--cache_dir", str(tmp_path / "cache")]
+    schedule = ["--lr_scheduler#T_0", "5"]
+    train(run_bundle, bids, tmp_path / "run", 2, *cache, *schedule)
+    train(run_bundle, bids, tmp_path / "run", 4, *cache, *schedule, "--resume", "true")
+    for name in RESUMED_FILES:
+        whole, resumed = (torch.load(folder / name, weights_only=True) for folder in (trained, tmp_path / "run"))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    whole, resumed = (pd.read_csv(folder / "metrics.csv") for folder in (trained, tmp_path / "run"))
+    pd.testing.assert_frame_equal(whole, resumed)
+
+
+def test_a_used_folder_is_not_overwritten(run_bundle: Run, bids: Path, trained: Path) -> None:
+    """Without --resume, a folder that holds a run is refused with exit code 2 and one line."""
+    done = run_bundle(
+        "--config_file", "configs/train.json", "--dataset_dir", str(bids), "--output_dir", str(trained),
+        *TINY_TRAINING, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--resume True" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overlays", "more"),
+    [
+        (("recipe",), ["--scale", "1.0"]),
+        (("maisi",), ["--attention_levels", "[False, False, True]", "--nonlocal_attention", "True"]),
+        (("finetune",), ["--balanced", "True", "--label", "group"]),
+        ((), ["--amp", "True", "--clip_norm", "1", "--num_workers", "2", "--slice_fraction", "0.2"]),
+        ((), ["--scale", "0.5", "--perceptual_weight", "0", "--channels_last", "False", "--augment", "False"]),
+        ((), ["--roi_size", "[32, 32, 32]"]),
+    ],
+    ids=["recipe", "maisi", "finetune-balanced", "bf16", "coarse", "crops"],
+)
+def test_overlays_and_switches_train(
+    overlays: tuple[str, ...], more: list[str], run_bundle: Run, bids: Path, trained: Path, tmp_path: Path
+) -> None:
+    """One epoch with each overlay and switch ends with finite losses and a model."""
+    if overlays == ("finetune",):
+        more = [*more, "--weights", str(trained / "model.pt")]
+    if overlays == ("maisi",):
+        more = [*more, "--network_def#channels", "[8, 8, 16]", "--network_def#norm_num_groups", "8"]
+        more = [*TINY_TRAINING[4:], *more, "--network_def#num_res_blocks", "[2, 2, 2]"]
+        files = "['configs/train.json', 'configs/maisi.json']"
+        run_bundle(
+            "--config_file", files, "--dataset_dir", str(bids), "--output_dir", str(tmp_path), "--epochs", "1", *more
+        )
+    else:
+        train(run_bundle, bids, tmp_path, 1, *more, overlays=overlays)
+    assert np.isfinite(pd.read_csv(tmp_path / "metrics.csv").to_numpy()).all()
+    assert (tmp_path / "model.pt").is_file()
+
+
+def test_the_older_way_to_start_works(run_bundle: Run, bids: Path, tmp_path: Path) -> None:
+    """`run training` is `run`."""
+    run_bundle(
+        "training", "--config_file", "configs/train.json", "--dataset_dir", str(bids), "--output_dir", str(tmp_path),
+        "--epochs", "1", *TINY_TRAINING,
+    )  # fmt: skip
+    assert (tmp_path / "model_final.pt").is_file()
+
+
+def test_evaluation_gives_every_figure(run_bundle: Run, bids: Path, trained: Path, tmp_path: Path) -> None:
+    """Two validation scans, five systems, every column of the protocol, and a table that says what it is."""
+    done = run_bundle(
+        "--config_file", "configs/evaluate.json", "--dataset_dir", str(bids), "--output_dir", str(tmp_path),
+        "--weights", str(trained / "model.pt"), "--device", "cpu", *TINY_NETWORK,
+    )  # fmt: skip
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert set(table["system"]) == {"model", "identity", "trilinear", "dct", "patch_pca"}
+    assert len(table) == 10
+    assert np.isfinite(table.loc[table["system"] == "model", ["l1", "psnr", "psnr_brain", "ssim", "lpips", "kl"]]).all().all()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["n"] == 2 and summary["split"] == "val"
+    assert "active_units" in summary["systems"]["model"]
+    assert summary["weights_sha256"] in done.stdout
+    assert "worst volume" in done.stdout
+
+
+def test_inference_gives_the_scan_back_in_its_own_grid(
+    run_bundle: Run, trained: Path, tmp_path: Path
+) -> None:
+    """Same shape, affine and units, float32, intensities of the scan's order; a picture; model space by choice."""
+    scan = write_scan(tmp_path / "in" / "a scan.v1.2.nii.gz", seed=3)
+    run_bundle(
+        "--config_file", "configs/inference.json", "--dataset_dir", str(scan), "--output_dir", str(tmp_path / "out"),
+        "--weights", str(trained / "model.pt"), "--save_model_space", "True", "--device", "cpu", *TINY_NETWORK,
+    )  # fmt: skip
+    (recon_path,) = (tmp_path / "out").glob("*_recon.nii.gz".replace("*", "*v1.2"))
+    source, recon = nib.load(scan), nib.load(recon_path)
+    assert recon.shape == source.shape
+    np.testing.assert_allclose(recon.affine, source.affine, atol=1e-6)
+    assert recon.get_data_dtype() == np.float32
+    assert recon.header.get_xyzt_units() == source.header.get_xyzt_units()
+    assert int(recon.header["sform_code"]) == int(recon.header["qform_code"]) == 1
+    assert recon.get_fdata().max() > 100
+    names = {path.name.split("v1.2")[1] for path in (tmp_path / "out").glob("*v1.2*")}
+    assert names == {"_recon.nii.gz", "_recon.png", "_model_space.nii.gz", "_model_space_recon.nii.gz"}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_config_parses_with_json_alone(job: str) -> None:
+    """No YAML, no comments, no key twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [key for key, _ in pairs]
+        assert len(keys) == len(set(keys)), keys
+        return dict(pairs)
+
+    json.loads((ROOT / "configs" / f"{job}.json").read_text(), object_pairs_hook=unique)
+
+
+def test_metadata_versions_are_the_pins() -> None:
+    """metadata.json and requirements.txt say the same versions."""
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+    metadata = ConfigParser.load_config_file(ROOT / "configs" / "metadata.json")
+    versions = {
+        "torch": metadata["pytorch_version"],
+        "monai": metadata["monai_version"],
+        "numpy": metadata["numpy_version"],
+        **metadata["required_packages_version"],
+    }
+    assert versions == pins
+    assert metadata["version"] in metadata["changelog"]

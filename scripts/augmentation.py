@@ -86,12 +86,11 @@ class RandContrastCurved(RandomizableTransform, MapTransform):
         keys: volumes with their 99.5th percentile at 1.
         prob: probability of a new curve.
         strength: steps vary by factors within exp(-strength) and exp(strength), 0 to 0.7.
-        flat_prob: share of the curves in which one inner step is multiplied by -0.5 to 0.5.
+        flat_prob: share of the curves in which one inner step is flattened to 0.15 to 0.5 of itself or, one time in
+            three, falls by that part of the step before it. A flatter step would print level lines into the tissue.
     """
 
-    def __init__(
-        self, keys: KeysCollection, prob: float = 0.1, strength: float = 0.5, flat_prob: float = 0.25
-    ) -> None:
+    def __init__(self, keys: KeysCollection, prob: float = 0.1, strength: float = 0.5, flat_prob: float = 0.25) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         if not 0 <= strength <= 0.7:
@@ -106,7 +105,8 @@ class RandContrastCurved(RandomizableTransform, MapTransform):
             return dict(data)
         steps = np.exp(self.R.uniform(-self.strength, self.strength, 5))
         if self.R.rand() < self.flat_prob:
-            steps[self.R.randint(1, 4)] *= self.R.uniform(-0.5, 0.5)
+            inner, share = self.R.randint(1, 4), self.R.uniform(0.15, 0.5)
+            steps[inner] = share * (-steps[inner - 1] if self.R.rand() < 1 / 3 else steps[inner])
         knots = np.concatenate([[0.0], np.cumsum(steps) / steps.sum()])
         return {**data, **{key: apply_contrast_curve(data[key], knots) for key in self.key_iterator(data)}}
 

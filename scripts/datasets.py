@@ -14,7 +14,6 @@ import inspect
 import json
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -28,6 +27,7 @@ from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 
 from scripts.errors import InputError
+from scripts.files import replacing
 
 __all__ = ["DiskCacheDataset", "cached_dataset", "record_hash", "transforms_hash"]
 
@@ -86,7 +86,8 @@ class DiskCacheDataset(PersistentDataset):
         prepared = convert_to_tensor(
             self._pre_transform(deepcopy(dict(item_transformed))), convert_numeric=False, track_meta=False
         )
-        _save_whole(prepared, file)
+        with replacing(file) as temporary:
+            torch.save(prepared, temporary)
         return prepared
 
 
@@ -132,14 +133,3 @@ def _stat(path: str | os.PathLike) -> os.stat_result | None:
         return os.stat(path) if os.path.isfile(path) else None
     except (OSError, ValueError):
         return None
-
-
-def _save_whole(value: Any, file: Path) -> None:
-    """Write `value` beside `file` and rename, so that readers see all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
-    os.close(handle)
-    try:
-        torch.save(value, temporary)
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
-from torch import nn
 
 from scripts.errors import as_flag
 
@@ -74,7 +73,7 @@ def posterior_iteration(engine: Any, batchdata: dict[str, Any]) -> dict[str, tor
         `image` and `pred` (B, 1, D, H, W), and `mu`, `logvar` (B, C, D/4, H/4, W/4), fp32. `pred` is decoded from mu.
     """
     image, _ = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
-    network: nn.Module = engine.network
+    network = engine.network
     with engine.mode(network), engine.inferer.autocast():
         mu, sigma = network.encode(image)
         pred = network.decode(mu)

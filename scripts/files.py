@@ -33,7 +33,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); choose another output_dir.") from error
+        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); choose another folder.") from error
     try:
         yield temporary
         os.replace(temporary, path)

@@ -192,7 +192,8 @@ class TrainingLog:
         if engine.state.rank != 0:
             return
         epoch = engine.state.epoch
-        row = {"epoch": epoch, **pd.DataFrame(self.steps).mean().to_dict()}
+        row: dict[str, float] = {"epoch": epoch}
+        row |= {str(name): value for name, value in pd.DataFrame(self.steps).mean().items()}
         if self.evaluator is not None and self.evaluator.state.epoch == epoch:
             row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
         for name, value in row.items():

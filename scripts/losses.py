@@ -74,9 +74,7 @@ class VAELoss(nn.Module):
         self.perceptual = perceptual
         self.parts: dict[str, float] = {}
 
-    def forward(
-        self, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor], target: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """Total loss; the unweighted terms of this call stand in `parts` afterwards.
 
         Args:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks import UpSample
 from monai.networks.nets import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from scripts.errors import InputError
@@ -39,7 +42,7 @@ class BrainVAE(AutoencoderKL):
 
     def __init__(self, *args, **kwargs) -> None:  # MONAI's own signature, forwarded whole
         super().__init__(*args, **kwargs)
-        blocks = self.decoder.blocks
+        blocks: Any = self.decoder.blocks
         for index, block in enumerate(blocks):
             if FoldedUpsample.replaces(block):
                 blocks[index] = FoldedUpsample(block)
@@ -54,10 +57,7 @@ class BrainVAE(AutoencoderKL):
         Returns:
             mu and sigma, each (B, latent_channels, D/4, H/4, W/4).
         """
-        if torch.jit.is_scripting():
-            h = self.encoder(x)
-        else:
-            h = self._run(self.encoder, x)
+        h = self.encoder(x) if torch.jit.is_scripting() else self._run(self.encoder, x)
         mu = self.quant_conv_mu(h)
         logvar = torch.clamp(self.quant_conv_log_sigma(h), -30.0, 20.0)
         return mu, torch.exp(logvar / 2)
@@ -73,11 +73,7 @@ class BrainVAE(AutoencoderKL):
             image (B, C, D, H, W).
         """
         z = self.post_quant_conv(z)
-        if torch.jit.is_scripting():
-            image = self.decoder(z)
-        else:
-            image = self._run(self.decoder, z)
-        return image
+        return self.decoder(z) if torch.jit.is_scripting() else self._run(self.decoder, z)
 
     def forward(self, x: torch.Tensor):
         """Reconstruct.
@@ -115,7 +111,7 @@ class FoldedUpsample(nn.Module):
         upsample: MONAI's `UpSample` block (nearest, factor 2, then a 3x3x3 convolution) whose convolution is taken.
     """
 
-    def __init__(self, upsample: UpSample) -> None:
+    def __init__(self, upsample: Any) -> None:
         super().__init__()
         self.postconv = upsample.postconv
         fold = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
@@ -124,11 +120,15 @@ class FoldedUpsample(nn.Module):
     @staticmethod
     def replaces(block: nn.Module) -> bool:
         """Whether the block is one that this class computes exactly."""
-        if not (isinstance(block, UpSample) and hasattr(block, "postconv") and hasattr(block, "upsample_non_trainable")):
+        if not isinstance(block, UpSample):
             return False
-        up, conv = block.upsample_non_trainable, getattr(block.postconv, "conv", None)
+        up, conv = (
+            getattr(block, "upsample_non_trainable", None),
+            getattr(getattr(block, "postconv", None), "conv", None),
+        )
         return (
-            up.mode == "nearest"
+            isinstance(up, nn.Upsample)
+            and up.mode == "nearest"
             and up.scale_factor in (2.0, (2.0, 2.0, 2.0))
             and isinstance(conv, nn.Conv3d)
             and conv.kernel_size == (3, 3, 3)
@@ -160,16 +160,10 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} does not exist; give the path of a weights file as 'weights'.")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} cannot be read as weights (damaged, or not a weights file); copy it again.") from error
-    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(f"{path} cannot be read as safetensors (damaged or cut off); copy it again.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is damaged or no weights file; copy it again.") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not content or not all(torch.is_tensor(v) for v in content.values()):
@@ -226,7 +220,7 @@ def start_deterministic(network: nn.Module, logvar: float = -8.0) -> nn.Module:
     """
     if not -30.0 <= logvar <= 20.0:
         raise ValueError(f"logvar must lie within [-30, 20], got {logvar}")
-    head = network.quant_conv_log_sigma.conv
+    head: Any = network.get_submodule("quant_conv_log_sigma.conv")
     nn.init.zeros_(head.weight)
     nn.init.constant_(head.bias, logvar)
     return network

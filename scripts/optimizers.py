@@ -81,7 +81,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of both groups.
 
         Args:
@@ -98,25 +98,25 @@ class MuonAdamW(torch.optim.Optimizer):
             update = self._muon if group["muon"] else self._adamw
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update(parameter, self.state[parameter], group)
+                    update(parameter, parameter.grad, self.state[parameter], group)
         return loss
 
     @staticmethod
-    def _muon(weight: torch.Tensor, state: dict, group: dict) -> None:
+    def _muon(weight: torch.Tensor, grad: torch.Tensor, state: dict, group: dict) -> None:
         if not state:
             state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-        direction = orthogonalize((weight.grad + group["momentum"] * momentum).flatten(1)).view_as(weight)
+        momentum = state["momentum"].mul_(group["momentum"]).add_(grad)
+        direction = orthogonalize((grad + group["momentum"] * momentum).flatten(1)).view_as(weight)
         weight.add_(direction, alpha=-group["lr"] * float(weight.norm() / (direction.norm() + 1e-12)))
 
     @staticmethod
-    def _adamw(weight: torch.Tensor, state: dict, group: dict) -> None:
+    def _adamw(weight: torch.Tensor, grad: torch.Tensor, state: dict, group: dict) -> None:
         if not state:
             state.update(step=0, mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        state["mean"].lerp_(weight.grad, 1 - beta1)
-        state["square"].lerp_(weight.grad.square(), 1 - beta2)
+        state["mean"].lerp_(grad, 1 - beta1)
+        state["square"].lerp_(grad.square(), 1 - beta2)
         scale = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(1e-8)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1 ** state["step"]))

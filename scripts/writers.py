@@ -84,8 +84,8 @@ class EvaluationWriter:
             if dropped:
                 print(f"no training split: {', '.join(dropped)} cannot be fitted and is left out")
         for code in self.baselines:
-            scans = tqdm(self.training or [], desc=f"fitting {code.name}", disable=None, leave=False)
-            code.fit(scan["image"] for scan in scans)
+            training: Any = self.training or []
+            code.fit(scan["image"] for scan in tqdm(training, desc=f"fitting {code.name}", disable=None, leave=False))
 
     def _volumes(self, engine: Engine) -> None:
         for record, output in zip(engine.state.batch, engine.state.output, strict=True):
@@ -110,8 +110,8 @@ class EvaluationWriter:
     def _finish(self, engine: Engine) -> None:
         table = pd.DataFrame(self.rows)
         summaries = {
-            system: summarise(
-                rows.dropna(axis=1, how="all").to_dict("records"),
+            str(system): summarise(
+                [dict(row) for _, row in rows.dropna(axis=1, how="all").iterrows()],
                 self.active_units.share() if system == "model" else None,
             )
             for system, rows in table.groupby("system", sort=False)
@@ -157,14 +157,15 @@ class ReconstructionWriter:
         for record, output in zip(engine.state.batch, engine.state.output, strict=True):
             self._write(record, output["image"], _plain(output["pred"])[0].cpu().numpy())
             if "pred_model_space" in output:
-                grid = nib.Nifti1Image(np.empty(output["image"].shape[1:], np.uint8), np.asarray(output["image"].affine))
+                image = output["image"]
+                grid = nib.Nifti1Image(np.zeros(image.shape[1:], np.uint8), np.asarray(image.affine))
                 for key, ending in (("image", "model_space"), ("pred_model_space", "model_space_recon")):
                     volume = _plain(output[key])[0].cpu().numpy()
                     write_nifti(volume, grid, self.output_dir / f"{record['name']}_{ending}.nii.gz")
 
     def _write(self, record: dict[str, Any], image: MetaTensor, recon: np.ndarray) -> None:
         name, source_path = record["name"], Path(image.meta["filename_or_obj"])
-        source = nib.load(source_path)
+        source: Any = nib.load(source_path)
         if recon.shape != source.shape:
             raise RuntimeError(f"{source_path} is {source.shape}, its reconstruction {recon.shape}")
         original = np.asarray(source.dataobj, dtype=np.float32)

@@ -143,7 +143,7 @@ def test_damaged_file_is_made_again(records, tmp_path, content):
     with pytest.warns(UserWarning, match="damaged"):
         assert torch.equal(image_of(dataset), fresh)
     assert torch.equal(torch.load(file, weights_only=True)["image"], fresh)
-    assert not list(folder.glob("*.tmp"))
+    assert list(folder.iterdir()) == [file]
 
 
 class Payload:

@@ -312,6 +312,17 @@ def test_constant_volumes_have_finite_gradients(lpips: LPIPS3D) -> None:
     assert value > 0 and gradient.isfinite().all() and gradient.any()
 
 
+def test_silent_features(tmp_path: Path) -> None:
+    """A layer without any activation adds 0 and no gradient, as published, rather than NaN."""
+    tensors = load_file(DEFAULT_WEIGHTS)
+    tensors["features.10.bias"] -= 1e6
+    save_file(tensors, tmp_path / "silent.safetensors")
+    pair = random_pair((1, 1, 31, 31, 31))
+    value, gradient = value_and_gradient(LPIPS3D(tmp_path / "silent.safetensors"), *pair)
+    assert 0 < value < LPIPS3D()(*pair)
+    assert gradient.isfinite().all() and gradient.any()
+
+
 def test_out_of_range_is_clamped_and_pulled_back(lpips: LPIPS3D) -> None:
     """Beyond [0, 1] the value is that of the clamped volume, and so is the gradient: it does not vanish there."""
     input, target = random_pair((1, 1, 31, 31, 31))

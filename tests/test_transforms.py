@@ -250,9 +250,12 @@ def test_outside_counts_what_was_cut(tmp_path):
     assert counts.foreground_voxels == int((foreground & outside).sum()) > 0
 
 
-def test_nothing_outside_where_the_scan_fits(tmp_path):
-    """A scan smaller than model space lies in it whole."""
+@pytest.mark.parametrize("unit", [1.0, 1e-5])
+def test_nothing_outside_where_the_scan_fits(tmp_path, unit):
+    """A scan smaller than model space lies in it whole, whatever its unit."""
     path = write_head(tmp_path, (30, 31, 29), (4.0, 4.0, 4.0), LAS)
+    scan = nib.load(path)
+    nib.save(nib.Nifti1Image((scan.get_fdata() * unit).astype(np.float32), scan.affine), path)
     transform = preprocessing()
     assert not outside_model_space(transform({"image": str(path)})["image"], transform).any()
 

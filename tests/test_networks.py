@@ -1,0 +1,365 @@
+"""The network: MONAI's weights and results, the calling conventions, folded upsampling, and what loading refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from monai.networks.blocks import UpSample
+from monai.networks.nets import AutoencoderKL
+from safetensors.torch import save_file
+from torch import nn
+
+from scripts.errors import InputError
+from scripts.losses import VAELoss
+from scripts.networks import BrainVAE, FoldedUpsample, load_weights, read_state_dict, start_deterministic
+
+ROOT = Path(__file__).parents[1]
+LITE = {
+    k: v for k, v in json.loads((ROOT / "configs" / "train.json").read_text())["network_def"].items() if k[0] != "_"
+}
+TINY = {**LITE, "channels": [8, 8, 16], "norm_num_groups": 4}
+MAISI = {
+    **LITE,
+    "channels": [16, 32, 64],
+    "num_res_blocks": [2, 2, 2],
+    "attention_levels": [False, False, True],
+    "with_encoder_nonlocal_attn": True,
+    "with_decoder_nonlocal_attn": True,
+    "use_checkpoint": True,
+}
+SIZE = (1, 1, 12, 16, 8)
+
+# what a file holds, by name; none is a state dict
+NOT_WEIGHTS = {
+    "page.pt": b"<!DOCTYPE html>\n<html><body>404: Not Found</body></html>",
+    "pointer.pt": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    "empty.pt": b"",
+    "dots.pt": b"....",
+    "noise.pt": bytes(range(255, 0, -1)),
+    "page.safetensors": b"<!DOCTYPE html>\n<html><body>404: Not Found</body></html>",
+    "empty.safetensors": b"",
+}
+# what a torch.save file holds
+NO_STATE_DICT = [[1, 2], {}, {"model": {}}, {"epoch": 3}, {"model": {"a": 1}}, torch.zeros(2)]
+
+
+@pytest.fixture(scope="module")
+def lite() -> BrainVAE:
+    """The network of the shipped configs with random weights, in eval mode."""
+    torch.manual_seed(0)
+    return BrainVAE(**LITE).eval()
+
+
+def image(size: tuple[int, ...] = SIZE, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    """Random volumes in [0, 1]."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def test_parameter_count(lite):
+    """The network of train.json has the number of parameters that the documentation states."""
+    assert sum(parameter.numel() for parameter in lite.parameters()) == 2_929_057
+
+
+@pytest.mark.parametrize("arguments", [LITE, MAISI], ids=["lite", "maisi"])
+def test_state_dict_is_monais(arguments):
+    """Names, order and shapes of the state dict are those of MONAI's class."""
+    ours, theirs = BrainVAE(**arguments).state_dict(), AutoencoderKL(**arguments).state_dict()
+    assert [(k, v.shape) for k, v in ours.items()] == [(k, v.shape) for k, v in theirs.items()]
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_weights_move_both_ways(ours_first):
+    """With exchanged weights both classes encode equally to the bit, and decode equally to rounding.
+
+    A folded kernel sums two weights before it multiplies, so sums come in another order: in float64 about 1e-16 a
+    sum, 1e-12 after all layers; a wrong fold would show at 1e-1.
+    """
+    torch.manual_seed(1)
+    ours, theirs = BrainVAE(**LITE).eval().double(), AutoencoderKL(**LITE).eval().double()
+    source, sink = (ours, theirs) if ours_first else (theirs, ours)
+    sink.load_state_dict(source.state_dict(), strict=True)
+    x = image(dtype=torch.float64)
+    with torch.no_grad():
+        (mu, sigma), (mu_monai, sigma_monai) = ours.encode(x), theirs.encode(x)
+        assert torch.equal(mu, mu_monai) and torch.equal(sigma, sigma_monai)
+        decoded = theirs.decode(mu)
+        torch.testing.assert_close(ours.decode(mu), decoded, rtol=0, atol=1e-12 * float(decoded.abs().max()))
+        reconstructed = theirs.reconstruct(x)
+        torch.testing.assert_close(ours.reconstruct(x), reconstructed, rtol=0, atol=1e-12 * float(decoded.abs().max()))
+
+
+def test_decode_in_fp32_is_monais(lite):
+    """In fp32, as it is used: 6e-8 a sum, about 1e-6 of the largest value after all layers; ten times that passes."""
+    theirs = AutoencoderKL(**LITE).eval()
+    theirs.load_state_dict(lite.state_dict())
+    with torch.no_grad():
+        mu, _ = lite.encode(image())
+        expected = theirs.decode(mu)
+        torch.testing.assert_close(lite.decode(mu), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.tuples(*[st.integers(1, 5)] * 3),
+    channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@example(size=(1, 1, 1), channels=(1, 1), bias=True, seed=0)
+def test_folded_upsample_is_upsample_and_convolution(size, channels, bias, seed):
+    """Forward and all gradients agree in float64 to 1e-12, for odd sides and single voxels too."""
+    torch.manual_seed(seed)
+    conv = nn.Sequential()
+    conv.add_module("conv", nn.Conv3d(*channels, kernel_size=3, padding=1, bias=bias))
+    plain = UpSample(
+        3, channels[0], channels[0], mode="nontrainable", pre_conv=None, interp_mode="nearest",
+        align_corners=None, post_conv=conv,
+    ).double()  # fmt: skip
+    folded = FoldedUpsample(copy.deepcopy(plain)).double()
+    results = []
+    for block in (plain, folded):
+        x = torch.randn(2, channels[0], *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x.requires_grad_()
+        y = block(x)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), [x, *block.parameters()])])
+    assert results[0][0].shape == (2, channels[1], *(2 * side for side in size))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_upsampling_is_folded(lite):
+    """Both upsamplings of the shipped network are folded, and a transposed convolution is left as it is."""
+    assert sum(isinstance(block, FoldedUpsample) for block in lite.modules()) == 2
+    transposed = BrainVAE(**{**TINY, "use_convtranspose": True})
+    assert not any(isinstance(block, FoldedUpsample) for block in transposed.modules())
+
+
+def test_other_upsampling_is_not_folded():
+    """Trilinear interpolation, another factor, a 1x1x1 convolution or one more before it is not what the fold computes."""
+    three, one = (nn.Sequential() for _ in range(2))
+    three.add_module("conv", nn.Conv3d(2, 2, 3, padding=1))
+    one.add_module("conv", nn.Conv3d(2, 2, 1))
+    for interp_mode, factor, conv, before, expected in [
+        ("nearest", 2, three, None, True),
+        ("linear", 2, three, None, False),
+        ("nearest", 3, three, None, False),
+        ("nearest", 2, one, None, False),
+        ("nearest", 2, three, nn.Conv3d(2, 2, 1), False),
+    ]:
+        block = UpSample(
+            3, 2, 2, factor, mode="nontrainable", pre_conv=before, interp_mode=interp_mode, align_corners=None,
+            post_conv=conv,
+        )  # fmt: skip
+        assert FoldedUpsample.replaces(block) is expected
+    assert not FoldedUpsample.replaces(nn.Conv3d(2, 2, 3))
+
+
+def test_training_returns_three(lite):
+    """In training mode: a reconstruction from a sample, mu and sigma, of the documented shapes."""
+    network = copy.deepcopy(lite).train()
+    recon, mu, sigma = network(image())
+    assert recon.shape == SIZE
+    assert mu.shape == sigma.shape == (1, 4, 3, 4, 2)
+    assert not torch.equal(recon, network(image())[0])  # another sample
+
+
+def test_eval_returns_the_mean_decoded(lite):
+    """In eval mode: one tensor, the posterior mean decoded, the same each time."""
+    with torch.no_grad():
+        recon = lite(image())
+        assert torch.equal(recon, lite.decode(lite.encode(image())[0]))
+        assert torch.equal(recon, lite(image()))
+
+
+@pytest.mark.parametrize(("bias", "logvar"), [(100.0, 20.0), (-100.0, -30.0)])
+def test_logvar_is_clamped(bias, logvar):
+    """sigma comes from a log-variance within [-30, 20]."""
+    network = BrainVAE(**TINY).eval()
+    nn.init.constant_(network.quant_conv_log_sigma.conv.bias, bias)
+    with torch.no_grad():
+        sigma = network.encode(image())[1]
+    torch.testing.assert_close(2 * sigma.log(), torch.full_like(sigma, logvar))
+
+
+def test_scripted_network_is_equal(lite, tmp_path):
+    """TorchScript keeps encode and decode, survives a file, and computes the same to the bit."""
+    torch.jit.script(lite).save(tmp_path / "model.ts")
+    scripted = torch.jit.load(tmp_path / "model.ts")
+    x = image()
+    with torch.no_grad():
+        assert torch.equal(scripted(x), lite(x))
+        mu, sigma = scripted.encode(x)
+        assert torch.equal(mu, lite.encode(x)[0]) and torch.equal(sigma, lite.encode(x)[1])
+        assert torch.equal(scripted.decode(mu), lite.decode(mu))
+
+
+def test_scripted_network_in_training_mode_returns_one_tensor():
+    """A network scripted in training mode, as some exporters do, still gives one tensor."""
+    assert torch.is_tensor(torch.jit.script(BrainVAE(**TINY).train())(image()))
+
+
+def test_checkpointing_changes_no_gradient():
+    """MAISI's blocks with attention: recomputing activations gives the same loss and gradients, bit for bit."""
+    networks = []
+    for use_checkpoint in (True, False):
+        torch.manual_seed(3)
+        network = BrainVAE(**{**MAISI, "use_checkpoint": use_checkpoint}).train()
+        torch.manual_seed(4)
+        loss = VAELoss(perceptual_weight=0)(network(image((1, 1, 8, 8, 8))), image((1, 1, 8, 8, 8)))
+        loss.backward()
+        networks.append((loss, network))
+    (loss, network), (loss_plain, network_plain) = networks
+    assert torch.equal(loss, loss_plain)
+    for (name, parameter), plain in zip(network.named_parameters(), network_plain.parameters(), strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, plain.grad), name
+
+
+def test_maisi_variant_trains_a_step():
+    """One step of Adam along the gradient lowers the loss of the checkpointed network."""
+    torch.manual_seed(5)
+    network = start_deterministic(BrainVAE(**MAISI)).train()
+    optimizer, loss = torch.optim.Adam(network.parameters(), 1e-4), VAELoss(perceptual_weight=0)
+    x = image((1, 1, 8, 8, 8))
+    before = loss(network(x), x)
+    before.backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert loss(network(x), x) < before
+
+
+@pytest.mark.parametrize("form", ["bare", "model", "safetensors"])
+def test_weights_are_loaded_from_every_form(lite, tmp_path, form):
+    """A bare state dict, one under `model`, and safetensors all fill the network."""
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(lite.state_dict(), path)
+    else:
+        torch.save(lite.state_dict() if form == "bare" else {"model": lite.state_dict(), "epoch": 3}, path)
+    network = BrainVAE(**LITE)
+    assert load_weights(network, str(path)) is network
+    assert all(torch.equal(value, lite.state_dict()[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NOT_WEIGHTS)
+def test_other_files_are_refused(tmp_path, name):
+    """A saved error page, a Git LFS pointer, an empty file and noise are named in one sentence."""
+    (tmp_path / name).write_bytes(NOT_WEIGHTS[name])
+    with pytest.raises(InputError, match=f"{name} is damaged or no weights file"):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=40), pickled=st.booleans())
+def test_any_bytes_end_in_one_sentence(tmp_path_factory, content, pickled):
+    """Whatever the bytes are, also behind a pickle's first two, the error is an InputError."""
+    path = tmp_path_factory.getbasetemp() / "bytes.pt"
+    path.write_bytes(b"\x80\x02" * pickled + content)
+    with pytest.raises(InputError, match="bytes.pt"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_cut_off_file_is_refused(lite, tmp_path, ending):
+    """A download that broke off is named, at whatever place it was cut."""
+    path = tmp_path / f"cut{ending}"
+    save_file(lite.state_dict(), path) if ending == ".safetensors" else torch.save(lite.state_dict(), path)
+    whole = path.read_bytes()
+    for share in (0.001, 0.5, 0.999):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(InputError, match=f"cut{ending} is damaged"):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize("missing", ["none.pt", "none.safetensors", "."])
+def test_missing_file_is_refused(tmp_path, missing):
+    """What is not there, or is a folder, is named with the key to change."""
+    with pytest.raises(InputError, match="does not exist.*'weights'"):
+        read_state_dict(tmp_path / missing)
+
+
+@pytest.mark.parametrize("content", NO_STATE_DICT, ids=str)
+def test_other_content_is_refused(tmp_path, content):
+    """A torch file without a state dict is not taken for one."""
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="other.pt holds no state dict"):
+        read_state_dict(tmp_path / "other.pt")
+
+
+class _Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_file_is_not_executed(tmp_path):
+    """A pickle that calls a function is refused without calling it."""
+    torch.save({"model": _Bomb(tmp_path / "executed")}, tmp_path / "bomb.pt")
+    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(_Bomb(tmp_path / "executed")))
+    for name in ("bomb.pt", "bomb.pkl"):
+        with pytest.raises(InputError, match="is damaged or no weights file"):
+            read_state_dict(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("post_quant_conv.conv.bias"), "1 missing, 0 unknown, 0 .*post_quant_conv.*missing"),
+        (lambda state: state.update(extra=torch.zeros(1)), "0 missing, 1 unknown, 0 .*'extra' is not known"),
+        (
+            lambda state: state.update({"post_quant_conv.conv.bias": torch.zeros(5)}),
+            r"1 of another shape.*\(5,\) there",
+        ),
+    ],
+    ids=["missing", "unknown", "reshaped"],
+)
+def test_other_architecture_is_refused(tmp_path, change, words):
+    """A name too few, one too many or another shape is counted, and the network is left as it was."""
+    torch.manual_seed(6)
+    state = BrainVAE(**TINY).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "w.pt")
+    network = BrainVAE(**TINY)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(InputError, match=words):
+        load_weights(network, tmp_path / "w.pt")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_start_deterministic():
+    """sigma is exp(logvar / 2) for every image, mu is not touched."""
+    torch.manual_seed(7)
+    network = BrainVAE(**TINY).eval()
+    mu = network.encode(image())[0]
+    assert start_deterministic(network, -6.0) is network
+    after, sigma = network.encode(image())
+    assert torch.equal(mu, after)
+    torch.testing.assert_close(sigma, torch.full_like(sigma, 0.0497870684))
+
+
+def test_start_deterministic_keeps_learning():
+    """The log-variance head starts constant, but its gradient is not zero."""
+    network = start_deterministic(BrainVAE(**TINY)).train()
+    VAELoss(perceptual_weight=0)(network(image()), image()).backward()
+    assert network.quant_conv_log_sigma.conv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("logvar", [-31.0, 21.0, float("nan")])
+def test_start_deterministic_range(logvar):
+    """Outside of the clamp's range no gradient would come back."""
+    with pytest.raises(ValueError, match="logvar must lie within"):
+        start_deterministic(BrainVAE(**TINY), logvar)

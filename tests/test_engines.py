@@ -51,9 +51,10 @@ def test_prepare_batch_gives_the_image_twice():
 @pytest.mark.parametrize("device", ["cpu", CPU])
 def test_autocast_on_and_off(amp, expected, device):
     """The CPU has bf16; a switch given as text means what it says."""
-    inferer = AutocastInferer(amp, device)
-    with torch.no_grad():
-        assert inferer(torch.rand(1, 1, 4, 4, 4), nn.Conv3d(1, 1, 3)).dtype == expected
+    inferer, convolution, types = AutocastInferer(amp, device), nn.Conv3d(1, 1, 3), []
+    convolution.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    inferer(torch.rand(1, 1, 4, 4, 4), convolution)
+    assert types == [expected]
     assert not torch.is_autocast_enabled("cpu")
     with inferer.autocast():
         assert torch.is_autocast_enabled("cpu") is (expected == torch.bfloat16)

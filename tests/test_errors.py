@@ -29,7 +29,7 @@ MISTAKES = {
         "try:\n  try:\n    raise InputError('no scan')\n  except ValueError as e:\n    raise OSError('a') from e\n"
         "except OSError as e:\n  raise RuntimeError('b') from e"
     ),
-    "with a cause of its own": "try:\n  open('/nowhere/at/all')\nexcept OSError as e:\n  raise InputError('no scan') from e",
+    "with a cause of its own": "try:\n  open('/nowhere')\nexcept OSError as e:\n  raise InputError('no scan') from e",
 }
 # the same behind the wrappers of the libraries, which are imported once for all of them
 WRAPPED = {

@@ -314,8 +314,9 @@ def test_one_picture_an_epoch(tmp_path):
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.max() > 100
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
 def test_bars(capsys):
-    """Both bars attach and show: the loss in training, the scans in evaluation."""
+    """Both bars attach and show, without a warning: the loss in training, the scans in evaluation."""
     run = build(1, lambda run: [LossBar()])
     ScanBar().attach(run.evaluator)
     run.trainer.run()

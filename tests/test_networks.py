@@ -143,7 +143,7 @@ def test_every_upsampling_is_folded(lite):
 
 
 def test_other_upsampling_is_not_folded():
-    """Trilinear interpolation, another factor, a 1x1x1 convolution or one more before it is not what the fold computes."""
+    """Trilinear, another factor, a 1x1x1 convolution, or one before the upsampling is not what the fold computes."""
     three, one = (nn.Sequential() for _ in range(2))
     three.add_module("conv", nn.Conv3d(2, 2, 3, padding=1))
     one.add_module("conv", nn.Conv3d(2, 2, 1))

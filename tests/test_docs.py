@@ -1,0 +1,311 @@
+"""The pages of docs/ say what the code does: their commands, keys, messages, links and examples are tried."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, TINY_NETWORK, write_scan
+from monai.bundle import ConfigParser
+
+from scripts.cohort import read_cohort
+from scripts.cohort_forms import recognise
+from scripts.preflight import DATA_CRITERIA, HEADER_CRITERIA
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+PAGES = ["cohort", "train", "evaluate", "inference", "network_and_loss"]
+LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+OVERLAYS = ["finetune", "recipe"]
+NOT_KEYS = {"config_file", "logging_file", "meta_file", "run_id"}  # arguments of `monai.bundle run` itself
+FOLDER = "/path/to/brain_t1_vae"
+TINY_PAGES = {  # what the first bundle command of a page gets besides the tiny network
+    "train": ["--epochs", "1", "--perceptual_weight", "0"],
+    "evaluate": [],
+    "inference": ["--save_model_space", "True"],
+}
+RECORD_KEYS = {"name", "subject", "session", "label", "split", "system"}
+
+
+def text(page: str) -> str:
+    """A page of docs/."""
+    return (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text(page), re.M | re.S)
+
+
+def rows(page: str, header: str) -> list[list[str]]:
+    """Cells of the table whose first line begins with `header`, without header and rule."""
+    lines = text(page).split(header, 1)[1].splitlines()[2:]
+    table = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split(" |")])
+    return table
+
+
+def code(cell: str) -> str:
+    """What stands between the backticks of a cell."""
+    found = re.fullmatch(r"`(.*)`", cell)
+    assert found, cell
+    return found[1]
+
+
+def bundle_commands(page: str) -> list[list[str]]:
+    """Arguments after `python -m monai.bundle run` of every command, in the page's order."""
+    commands = []
+    for line in "\n".join(blocks(page, "bash")).splitlines():
+        words = shlex.split(line.replace("$BUNDLE", FOLDER))
+        if "monai.bundle" in words:
+            start = words.index("monai.bundle")
+            assert words[start - 2 : start + 2] == ["python", "-m", "monai.bundle", "run"], line
+            commands.append(words[start + 2 :])
+    return commands
+
+
+def options(arguments: list[str]) -> dict[str, str]:
+    """`--key value` pairs."""
+    assert len(arguments) % 2 == 0 and all(word.startswith("--") for word in arguments[::2]), arguments
+    return {key.removeprefix("--"): value for key, value in zip(arguments[::2], arguments[1::2], strict=True)}
+
+
+def config_files(value: str) -> list[str]:
+    """One config file, or a list of them as text."""
+    return ast.literal_eval(value) if value.startswith("[") else [value]
+
+
+def user_keys(job: str) -> dict[str, object]:
+    """Keys and defaults that a user may change: what stands before `network_def`."""
+    content = json.loads((ROOT / "configs" / f"{job}.json").read_text())
+    keys = list(content)
+    return {key: content[key] for key in keys[keys.index("bundle_root") : keys.index("network_def")]}
+
+
+COMMANDS = [(page, " ".join(command)) for page in PAGES for command in bundle_commands(page)]
+MESSAGES = [(page, code(row[0])) for page in PAGES if "| message |" in text(page) for row in rows(page, "| message |")]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page: Path) -> None:
+    """Every relative link leads to a file, and to a heading where it names one."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(COMMANDS)])
+def test_a_command_names_files_and_keys_that_exist(page: str, command: str, tmp_path: Path) -> None:
+    """Config files exist (or stand on the page), and every key is one of the overlaid config."""
+    given = next(options(words) for words in bundle_commands(page) if " ".join(words) == command)
+    files = []
+    for name in config_files(given["config_file"]):
+        own = re.search(rf"`{re.escape(name)}`:\n\n```json\n(.*?)```", text(page), re.S)
+        file = tmp_path / name if own else ROOT / name.replace(FOLDER, ".")
+        if own:
+            file.write_text(own[1])
+            assert json.loads(own[1]).keys() <= user_keys("train").keys()
+        files.append(str(file))
+    parser = ConfigParser()
+    parser.read_config(files)
+    unknown = [key for key in given if key not in NOT_KEYS and key not in parser]
+    assert not unknown
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate", "inference"])
+def test_the_table_of_keys_is_the_config(job: str) -> None:
+    """Same keys, same order, same defaults, and a meaning for each."""
+    table = rows(job, "| key | default | meaning |")
+    assert [(code(key), json.loads(code(default))) for key, default, _ in table] == list(user_keys(job).items())
+    assert all(meaning for *_, meaning in table)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_table_of_overlays_is_the_files(name: str) -> None:
+    """What finetune.json and recipe.json set, less the blocks."""
+    content = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    expected = {key: value for key, value in content.items() if "#" not in key and not isinstance(value, dict)}
+    column = 1 + OVERLAYS.index(name)
+    table = rows("train", "| key | `finetune.json` | `recipe.json` |")
+    assert {code(row[0]): json.loads(code(row[column])) for row in table if row[column]} == expected
+
+
+def test_the_table_of_sizes_is_the_networks() -> None:
+    """Channels, blocks, groups and parameters of both sizes; weights of the loss."""
+    table = rows("network_and_loss", "| size |")
+    for (_, _, *sizes, n_parameters), overlays in zip(table, ([], ["maisi"]), strict=True):
+        parser = ConfigParser()
+        parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", *overlays)])
+        keys = ("channels", "num_res_blocks", "norm_num_groups")
+        assert [json.loads(code(cell)) for cell in sizes] == [parser[f"network_def#{key}"] for key in keys]
+        network = parser.get_parsed_content("network_def")
+        assert f"{sum(parameter.numel() for parameter in network.parameters()):,}" == n_parameters
+    for column, overlays in ((2, []), (3, ["recipe"])):
+        parser = ConfigParser()
+        parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", *overlays)])
+        weights = [json.loads(code(row[column])) for row in rows("network_and_loss", "| term |")]
+        assert weights == [parser[f"{term}_weight"] for term in ("recon", "mse", "kl", "perceptual")]
+
+
+def test_the_table_of_criteria_is_the_check() -> None:
+    """Every criterion of the pre-flight check, in its order."""
+    names = ["label", "unique", "exists", "opens", *HEADER_CRITERIA, *DATA_CRITERIA]
+    assert [code(name) for name, _ in rows("cohort", "| criterion |")] == names
+
+
+@functools.cache
+def _literals() -> str:
+    """All texts of scripts/, f-strings joined, a NUL where a value is put in."""
+    texts = []
+    for file in (ROOT / "scripts").glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize(("page", "message"), MESSAGES)
+def test_a_quoted_message_is_one_of_the_code(page: str, message: str) -> None:
+    """Every part of it between `...` stands in scripts/."""
+    literals = _literals()
+    for part in message.split("..."):
+        assert part.strip(" ") in literals, part
+
+
+def _touch(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+
+
+def test_the_example_table_and_datalist_are_read(tmp_path: Path) -> None:
+    """The CSV and the JSON of cohort.md give the subjects, labels and splits that the page says."""
+    (table,), (datalist,) = blocks("cohort", "csv"), blocks("cohort", "json")
+    for name in re.findall(r"scans/\w+\.nii\.gz", table + datalist):
+        _touch(tmp_path, name)
+    (tmp_path / "study.csv").write_text(table)
+    (tmp_path / "study.json").write_text(datalist)
+    by_table = read_cohort(str(tmp_path / "study.csv"), label="group")
+    assert [record["subject"] for record in by_table] == ["a", "a", "b", "c"]
+    assert [record["split"] for record in by_table[:3]] == ["train", "train", "val"]
+    by_datalist = read_cohort(str(tmp_path / "study.json"), label="group")
+    assert {(record["label"], record["split"]) for record in by_datalist} >= {("patient", "train"), ("control", "val")}
+
+
+def test_the_example_folders_are_read(tmp_path: Path) -> None:
+    """The BIDS tree is BIDS with two subjects; the other folder holds a FreeSurfer subject and a plain scan."""
+    bids, folder = (block.splitlines() for block in blocks("cohort", "text"))
+    for name in [*bids, *folder]:
+        _touch(tmp_path, name.lstrip("/"))
+    (tmp_path / "data/study/participants.tsv").unlink()  # empty here; needed for labels alone
+    (tmp_path / "data/recon-all/bert/mri/aseg.mgz").touch()
+    assert recognise(tmp_path / "data/study") == "bids"
+    study = read_cohort(str(tmp_path / "data/study"))
+    assert [(record["subject"], record["session"]) for record in study] == [("sub-01", ""), ("sub-02", "ses-1")]
+    both = [str(tmp_path / "data" / name) for name in ("recon-all", "other")]
+    assert {record["subject"] for record in read_cohort(both)} == {"bert", "s001_t1"}
+
+
+@pytest.mark.parametrize("number", range(len(blocks("network_and_loss", "python"))))
+def test_python_examples_run(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example of network_and_loss.md stands alone and runs (on a smaller image)."""
+    monkeypatch.chdir(ROOT)
+    example = blocks("network_and_loss", "python")[number].replace("112, 136, 112", "16, 20, 16")
+    exec(compile(example, f"example {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_looking_at_a_cohort(number: int, bids: Path) -> None:
+    """The two one-liners of cohort.md list the cohort and check it."""
+    lines = [line for line in "\n".join(blocks("cohort", "bash")).splitlines() if line.startswith("python -c")]
+    words = shlex.split(lines[number].replace("/data/study", str(bids)))
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ["'subject': 'sub-08'", "8 good"][number] in done.stdout
+
+
+def _first(page: str, output: Path, cohort: Path) -> list[str]:
+    """The page's first command on a tiny network and cohort."""
+    given = options(bundle_commands(page)[0])
+    given |= {"dataset_dir": str(cohort), "output_dir": str(output), "device": "cpu"}
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    return [*words, *TINY_NETWORK, *TINY_PAGES[page]]
+
+
+def _named_files(page: str) -> set[str]:
+    return {code(name).rstrip("/") for name, _ in rows(page, "| file |")}
+
+
+@pytest.fixture(scope="module")
+def trained(run_bundle: Run, bids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of the first command of train.md."""
+    output = tmp_path_factory.mktemp("docs") / "train"
+    run_bundle(*_first("train", output, bids))
+    return output
+
+
+def test_training_leaves_what_the_page_says(trained: Path) -> None:
+    """The files of train.md, all of them, and the columns of metrics.csv, less those of terms that are switched off."""
+    assert {path.name for path in trained.iterdir()} == _named_files("train")
+    columns = [code(row[0]) for row in rows("train", "| column | unit | meaning |")]
+    switched_on = [column for column in columns if column not in ("mse", "lpips")]
+    assert switched_on == list(pd.read_csv(trained / "metrics.csv"))
+
+
+def test_evaluation_leaves_what_the_page_says(run_bundle: Run, bids: Path, trained: Path, tmp_path: Path) -> None:
+    """The files, columns and systems of evaluate.md."""
+    run_bundle(*_first("evaluate", tmp_path / "out", bids), "--weights", str(trained / "model.pt"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == _named_files("evaluate")
+    table = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    columns = {code(row[0]) for row in rows("evaluate", "| column | unit | better |")}
+    assert set(table) == RECORD_KEYS | columns - {"active_units"}
+    assert list(table["system"].unique()) == [code(name) for name, _ in rows("evaluate", "| system |")]
+
+
+def test_inference_leaves_what_the_page_says(run_bundle: Run, trained: Path, tmp_path: Path) -> None:
+    """The files of inference.md and the columns of summary.csv."""
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    run_bundle(*_first("inference", tmp_path / "out", scan), "--weights", str(trained / "model.pt"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == _named_files("inference")
+    columns = [code(row[0]) for row in rows("inference", "| column | unit |")]
+    assert columns == list(pd.read_csv(tmp_path / "out" / "summary.csv"))
+
+
+def test_a_job_runs_from_another_folder(trained: Path, tmp_path: Path) -> None:
+    """The block of inference.md, by a shell in another folder."""
+    write_scan(tmp_path / "scan.nii.gz")
+    block = next(block for block in blocks("inference", "bash") if "PYTHONPATH" in block).rstrip()
+    tiny = shlex.join([*TINY_NETWORK, "--device", "cpu", "--weights", str(trained / "model.pt")])
+    python = f'python() {{ {shlex.quote(sys.executable)} -W ignore "$@"; }}'  # the interpreter that runs the tests
+    script = f"{python}\n{block.replace(FOLDER, shlex.quote(str(ROOT)))} {tiny}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert (tmp_path / "out" / "scan_recon.nii.gz").is_file()
+
+
+def test_the_licences_name_every_weights_file() -> None:
+    """data_license.txt says whose each file of models/ is."""
+    licences = (ROOT / "docs" / "data_license.txt").read_text(encoding="utf-8")
+    assert all(f"models/{file.name}" in licences for file in (ROOT / "models").iterdir() if file.suffix != ".md")

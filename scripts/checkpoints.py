@@ -7,7 +7,6 @@ run draws the same numbers as one that was never interrupted.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 from scripts.errors import InputError
 from scripts.files import replacing
+from scripts.networks import UNREADABLE
 
 __all__ = ["RunCheckpoint"]
 
@@ -86,7 +86,7 @@ class RunCheckpoint:
         for epoch in sorted(found, reverse=True):
             try:
                 content = torch.load(found[epoch], map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError):
+            except UNREADABLE:
                 damaged.append(found[epoch].name)
                 continue
             self._load(content, found[epoch])
@@ -99,8 +99,11 @@ class RunCheckpoint:
 
     @property
     def unfinished(self) -> bool:
-        """Whether epochs are left to train."""
+        """Whether epochs are left to train; none are where early stopping has ended the run."""
         state = self._engines()[0].state
+        stopping = None if self.early_stop is None else self.early_stop._handler
+        if stopping is not None and stopping.counter >= stopping.patience:
+            return False
         return state.epoch < state.max_epochs
 
     def _found(self) -> dict[int, Path]:
@@ -161,7 +164,7 @@ class RunCheckpoint:
         if engine.state.rank != 0:
             return
         self._export("model_final.pt")
-        if not (self.model_dir / "model.pt").exists():  # no validation has run
+        if self._engines()[1].state.best_metric_epoch == -1:  # no validation has run
             self._export("model.pt")
 
     def _export(self, name: str) -> None:

@@ -55,7 +55,8 @@ class AutocastInferer(SimpleInferer):
     def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the network on the inputs; see `SimpleInferer`."""
         with self.autocast():
-            return super().__call__(inputs, network, *args, **kwargs)
+            output = super().__call__(inputs, network, *args, **kwargs)
+        return output.float() if torch.is_tensor(output) else output
 
     def autocast(self) -> torch.autocast:
         """The context in which the network runs, for callers that encode and decode apart."""

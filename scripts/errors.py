@@ -6,6 +6,7 @@ in `initialize`, so that MONAI's and Ignite's wrappers around the error are left
 
 from __future__ import annotations
 
+import re
 import sys
 from types import TracebackType
 
@@ -49,10 +50,20 @@ def report_input_errors() -> None:
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, InputError):
-                print(f"error: {cause}", file=sys.stderr, flush=True)
+            message = _message(cause)
+            if message is not None:
+                print(f"error: {message}", file=sys.stderr, flush=True)
                 raise SystemExit(EXIT_CODE)
             cause = cause.__cause__ or cause.__context__
         previous(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def _message(error: BaseException) -> str | None:
+    """The sentence of an `InputError`, also of one that a data loader's worker process has sent as a traceback."""
+    text = str(error)
+    if text.startswith("Caught ") and "DataLoader worker process" in text:
+        found = re.findall(r"^(?:scripts\.errors\.)?InputError: (.+)$", text, re.MULTILINE)
+        return found[-1] if found else None
+    return text if isinstance(error, InputError) else None

@@ -239,4 +239,4 @@ class PictureLog:
 
 
 def _loss_of(output: Any) -> dict[str, float]:
-    return {"loss": float(output["loss"])}
+    return {"loss": output["loss"].item()}

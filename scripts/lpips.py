@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .errors import InputError
+from scripts.errors import InputError
 
 __all__ = ["LPIPS3D", "MIN_SIDE"]
 

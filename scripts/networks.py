@@ -9,6 +9,7 @@ convolution is computed as one transposed convolution, with the kernel folded on
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from torch import nn
 
 from scripts.errors import InputError
 
-__all__ = ["BrainVAE", "FoldedUpsample", "load_weights", "read_state_dict", "start_deterministic"]
+__all__ = ["UNREADABLE", "BrainVAE", "FoldedUpsample", "load_weights", "read_state_dict", "start_deterministic"]
+
+
+# What torch's restricted unpickler and safetensors raise for files that are cut off or of another kind.
+UNREADABLE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, struct.error,
+    SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class BrainVAE(AutoencoderKL):
@@ -128,6 +136,7 @@ class FoldedUpsample(nn.Module):
         )
         return (
             isinstance(up, nn.Upsample)
+            and not hasattr(block, "preconv")
             and up.mode == "nearest"
             and up.scale_factor in (2.0, (2.0, 2.0, 2.0))
             and isinstance(conv, nn.Conv3d)
@@ -162,7 +171,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, SafetensorError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} is damaged or no weights file; copy it again.") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]

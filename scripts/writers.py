@@ -159,6 +159,7 @@ class ReconstructionWriter:
             if "pred_model_space" in output:
                 image = output["image"]
                 grid = nib.Nifti1Image(np.zeros(image.shape[1:], np.uint8), np.asarray(image.affine))
+                grid.header.set_xyzt_units("mm", "sec")
                 for key, ending in (("image", "model_space"), ("pred_model_space", "model_space_recon")):
                     volume = _plain(output[key])[0].cpu().numpy()
                     write_nifti(volume, grid, self.output_dir / f"{record['name']}_{ending}.nii.gz")
@@ -238,5 +239,6 @@ def _plain(volume: torch.Tensor) -> torch.Tensor:
 
 def _command() -> str:
     """What the user ran, with the last part of every path, since the table is made to be shown."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python -m monai.bundle", *words])
+    words = [word.rpartition("=") for word in sys.argv[1:]]
+    shown = [key + sign + (Path(value).name if Path(value).is_absolute() else value) for key, sign, value in words]
+    return " ".join(["python -m monai.bundle", *shown])

@@ -105,10 +105,15 @@ def evaluate(vae: nn.Module, amp: bool) -> tuple[list[dict[str, torch.Tensor]], 
 
 
 def test_posterior_is_kept():
-    """Each output holds the image, its mean's reconstruction, mu and logvar, per volume after MONAI's decollation."""
-    vae = network().train()
+    """Each output holds the image, its mean's reconstruction, mu and logvar, per volume after MONAI's decollation;
+    the network runs in eval mode and without gradients."""
+    vae, states = network().train(), []
+    vae.decoder.register_forward_hook(
+        lambda module, inputs, output: states.append((module.training, torch.is_grad_enabled()))
+    )
     outputs, events = evaluate(vae, amp=False)
     assert vae.training  # the mode is put back
+    assert states == [(False, False)] * 2
     assert events == ["forward_completed", "model_completed"] * 2
     assert [output["seen"] for output in outputs] == ["scan0", "scan1", "scan2"]
     vae.eval()

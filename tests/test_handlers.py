@@ -68,10 +68,12 @@ class FakeScore:
         engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update({name: float(e.state.epoch)}))
 
 
-def build(epochs: int = 1, handlers=lambda run: [], workers: int = 0) -> SimpleNamespace:
+def build(
+    epochs: int = 1, handlers=lambda run: [], workers: int = 0, epoch_length: int | None = None
+) -> SimpleNamespace:
     """A trainer on random volumes; `handlers` makes its handlers from what else there is."""
     torch.manual_seed(0)
-    records = [{"image": torch.rand(1, 12, 12, 12)} for _ in range(4)]
+    records = [{"image": torch.rand(1, 12, 12, 12), "index": index} for index in range(4)]
     dataset = Dataset(records, Compose([RandGaussianNoised("image", prob=1.0, std=1.0)]))
     loader = DataLoader(dataset, batch_sampler=batch_sampler(records, 2, False, 0), num_workers=workers)
     run = SimpleNamespace(network=Net(), loss=VAELoss(perceptual_weight=0), writer=FakeWriter())
@@ -82,7 +84,7 @@ def build(epochs: int = 1, handlers=lambda run: [], workers: int = 0) -> SimpleN
     )  # fmt: skip
     run.trainer = SupervisedTrainer(
         CPU, epochs, loader, run.network, run.optimizer, run.loss, prepare_batch=prepare_batch,
-        inferer=SimpleInferer(), train_handlers=handlers(run), decollate=False,
+        inferer=SimpleInferer(), train_handlers=handlers(run), decollate=False, epoch_length=epoch_length,
     )  # fmt: skip
     return run
 
@@ -170,6 +172,23 @@ def test_epoch_draws_the_same_whatever_ran_before(workers):
     assert seen[1, 3] == seen[2, 3]
     assert seen[1, 3] != seen[3, 3]
     assert seen[1, 1] != seen[1, 2] != seen[1, 3]
+
+
+@pytest.mark.parametrize("epoch_length", [STEPS, 1])
+def test_epoch_has_its_own_batches(epoch_length):
+    """Each epoch takes the sampler's batches of its number from the first on, also where it stops before the last."""
+    seen: dict[int, list] = {}
+    run = build(6, lambda run: [EpochSeed(0)], epoch_length=epoch_length)
+    run.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda engine: seen.setdefault(engine.state.epoch, []).append(engine.state.batch["index"].tolist()),
+    )
+    run.trainer.run()
+    sampler = batch_sampler([{}] * 4, 2, False, 0)
+    for epoch in range(1, 7):
+        sampler.set_epoch(epoch)
+        assert seen[epoch] == list(sampler)[:epoch_length]
+    assert len({str(batches) for batches in seen.values()}) > 1
 
 
 def test_ranks_draw_differently():

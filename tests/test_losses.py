@@ -28,14 +28,16 @@ WEIGHTS = [
 
 
 class FakeDistance(nn.Module):
-    """Largest difference, a scalar; counts its calls and keeps the types it was given."""
+    """Largest difference, a scalar; counts its calls, keeps the types it was given and whether autocast was on."""
 
     def __init__(self) -> None:
         super().__init__()
         self.types: list[torch.dtype] = []
+        self.autocast: list[bool] = []
 
     def forward(self, recon: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         self.types += [recon.dtype, target.dtype]
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
         return (recon - target).abs().max()
 
 
@@ -121,7 +123,7 @@ def test_autocast_changes_nothing():
     plain = loss(output, target)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(output, target), plain)
-    assert set(distance.types) == {torch.float32}
+    assert set(distance.types) == {torch.float32} and distance.autocast == [False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

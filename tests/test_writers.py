@@ -36,14 +36,15 @@ GRIDS = {"ras": ("RAS", (4.0, 4.0, 4.0)), "lpi": ("LPI", (3.5, 4.2, 3.9)), "psr"
 
 
 class FakeNetwork(nn.Module):
-    """Reconstructs `gain` times its input; its latent is the image's 4 x 4 x 4 means in four channels, sigma 0.5."""
+    """Reconstructs `gain` times its input plus `bias`; its latent is the 4 x 4 x 4 means four times, sigma 0.5."""
 
-    def __init__(self, gain: float = 1.0) -> None:
+    def __init__(self, gain: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
+        self.bias = nn.Parameter(torch.tensor([bias]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv3d(x, self.gain.view(1, 1, 1, 1, 1))  # a convolution runs in bf16 under autocast
+        return F.conv3d(x, self.gain.view(1, 1, 1, 1, 1), self.bias)  # a convolution runs in bf16 under autocast
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.last = x
@@ -232,6 +233,17 @@ def test_voxels_outside_of_model_space_are_zero(tmp_path):
     assert table["l1"][0] < 0.02
 
 
+@pytest.mark.parametrize("grid", ["lpi", "psr"])
+def test_nothing_fades_at_the_edge_of_model_space(tmp_path, grid):
+    """A reconstruction that is 1 and more everywhere is zero in the voxels that are counted as outside, and in no
+    other; there interpolation with the zeros beyond leaves at least half of it."""
+    record = write_scan(tmp_path, "sub-01_T1w", grid, height=110.0)
+    table = reconstruct([record], tmp_path / "out", FakeNetwork(1.0, 1.0))
+    recon = nib.load(tmp_path / "out" / "sub-01_T1w_recon.nii.gz").get_fdata()
+    assert (recon == 0).sum() == table["voxels_outside"][0] > 0
+    assert recon[recon != 0].min() > 0.49 * table["intensity_factor"][0]
+
+
 def test_model_space_copies(tmp_path):
     """On request scan and reconstruction in model space: its shape, spacing and mm, in units of the percentile."""
     record = write_scan(tmp_path, "sub-01_T1w", "psr")
@@ -278,6 +290,7 @@ def evaluate(
     baselines: Sequence = (),
     training: Sequence[dict] | None = None,
     lpips: Callable = largest_difference,
+    runs: int = 1,
 ) -> SimpleNamespace:
     """Run evaluate.json's evaluator; returns its table, summary and text."""
     steps, weights = preprocessing(), folder / "weights.pt"
@@ -285,10 +298,12 @@ def evaluate(
     weights.write_bytes(b"weights")
     fitted_on = None if training is None else Dataset(training, steps)
     writer = EvaluationWriter(str(folder / "out"), steps, lpips, baselines, fitted_on, "val", str(weights))
-    SupervisedEvaluator(
+    evaluator = SupervisedEvaluator(
         CPU, DataLoader(Dataset(records, steps), batch_size=1), network, prepare_batch=prepare_batch,
         iteration_update=posterior_iteration, inferer=AutocastInferer(False, CPU), val_handlers=[writer],
-    ).run()  # fmt: skip
+    )  # fmt: skip
+    for _ in range(runs):
+        evaluator.run()
     out = folder / "out"
     return SimpleNamespace(
         table=pd.read_csv(out / "metrics.csv", keep_default_na=False, na_values=["nan"]),
@@ -382,6 +397,13 @@ def test_without_a_training_split(scans, tmp_path, capsys, training):
     result = evaluate(scans[:1], tmp_path, FakeNetwork(), baselines=[DCT(), PatchPCA()], training=training)
     assert result.table["system"].tolist() == ["model", "identity", "dct"]
     assert "patch_pca cannot be fitted and is left out" in capsys.readouterr().out
+
+
+def test_second_run_starts_anew(scans, tmp_path):
+    """An evaluator that is run once a federated round reports each round alone."""
+    result = evaluate(scans[:2], tmp_path, FakeNetwork(0.5), runs=2)
+    assert result.table["system"].tolist() == ["model", "identity"] * 2
+    assert result.summary["n"] == result.summary["systems"]["model"]["active_units"]["n"] == 2
 
 
 @pytest.mark.parametrize("form", ["{}", "--dataset_dir={}"])

@@ -1,0 +1,81 @@
+"""What is checked before anything is built: the keys on the command line, the device, the sizes of volumes.
+
+Every config calls these first in `initialize`. MONAI itself takes a misspelt `--epoch 5` as a new key that nothing
+reads, and the run would go on with the default.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Sequence
+
+import torch
+from monai.bundle import ConfigParser, run
+
+from scripts.errors import InputError
+
+__all__ = ["check_device", "check_size", "refuse_unknown_keys"]
+
+LATENT_STRIDE = 4
+
+
+def refuse_unknown_keys(argv: Sequence[str]) -> None:
+    """Make sure that every `--key` of a `monai.bundle run` names a key of its config files.
+
+    Args:
+        argv: `sys.argv`; anything but a `run` with `--config_file` passes unchecked.
+
+    Raises:
+        InputError: a key that no config file has, with the nearest one that exists.
+    """
+    words = [word.partition("=") for word in argv[1:]]
+    if "run" not in argv[1:2] or not any(word[0] == "--config_file" for word in words):
+        return
+    position = next(index for index, word in enumerate(words) if word[0] == "--config_file")
+    text = words[position][2] or (argv[position + 2] if position + 2 < len(argv) else "")
+    try:
+        files = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        files = text
+    parser = ConfigParser(ConfigParser.load_config_files(files))
+    own = set(inspect.signature(run).parameters)
+    for key in (word[0][2:] for word in words if word[0].startswith("--") and len(word[0]) > 2):
+        if key in own or key.startswith("+") or key in parser or key.replace("-", "_") in parser:
+            continue
+        near = difflib.get_close_matches(key, [name for name in parser.get() if isinstance(name, str)], n=1)
+        hint = f"; did you mean --{near[0]}?" if near else "; the keys stand at the top of the config file."
+        raise InputError(f"{text} has no key '{key}'{hint}")
+
+
+def check_device(device: torch.device | str) -> None:
+    """Make sure that the device is there.
+
+    Args:
+        device: such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"'device' is {str(device)!r}, which cannot be used here ({reason}); try --device cpu."
+        ) from error
+
+
+def check_size(size: Sequence[int], key: str) -> None:
+    """Make sure that the network can code volumes of this size.
+
+    Args:
+        size: three sides in voxels.
+        key: the config key, named in the error.
+
+    Raises:
+        InputError: not three positive multiples of 4.
+    """
+    if len(size) != 3 or any(not isinstance(side, int) or side < 1 or side % LATENT_STRIDE for side in size):
+        raise InputError(f"'{key}' is {list(size)}; give three positive multiples of {LATENT_STRIDE}.")

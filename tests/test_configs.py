@@ -236,3 +236,13 @@ def test_metadata_versions_are_the_pins() -> None:
     }
     assert versions == pins
     assert metadata["version"] in metadata["changelog"]
+
+
+def test_a_single_scan_can_be_evaluated(run_bundle: Run, trained: Path, tmp_path: Path) -> None:
+    """`--dataset_dir scan.nii.gz --output_dir out` is enough; what has to be fitted is fitted on it or left out."""
+    scan = write_scan(tmp_path / "scan.nii.gz", seed=5)
+    run_bundle(
+        "--config_file", "configs/evaluate.json", "--dataset_dir", str(scan), "--output_dir", str(tmp_path / "out"),
+        "--weights", str(trained / "model.pt"), "--device", "cpu", *TINY_NETWORK,
+    )  # fmt: skip
+    assert {"model", "identity", "trilinear", "dct"} <= set(pd.read_csv(tmp_path / "out" / "metrics.csv")["system"])

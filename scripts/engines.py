@@ -16,7 +16,7 @@ from monai.inferers import SimpleInferer
 
 from scripts.errors import as_flag
 
-__all__ = ["AutocastInferer", "posterior_iteration", "prepare_batch"]
+__all__ = ["AutocastInferer", "decode_iteration", "encode_iteration", "posterior_iteration", "prepare_batch"]
 
 
 def prepare_batch(
@@ -73,13 +73,47 @@ def posterior_iteration(engine: Any, batchdata: dict[str, Any]) -> dict[str, tor
     Returns:
         `image` and `pred` (B, 1, D, H, W), and `mu`, `logvar` (B, C, D/4, H/4, W/4), fp32. `pred` is decoded from mu.
     """
+    image, posterior = _encoded(engine, batchdata)
+    with engine.mode(engine.network), engine.inferer.autocast():
+        pred = engine.network.decode(posterior["mu"])
+    return _finished(engine, {"image": image, "pred": pred.float(), **posterior})
+
+
+def encode_iteration(engine: Any, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """One step of an evaluator that only encodes (for `iteration_update`).
+
+    Args and returns as in `posterior_iteration`, without `pred`.
+    """
+    image, posterior = _encoded(engine, batchdata)
+    return _finished(engine, {"image": image, **posterior})
+
+
+def decode_iteration(engine: Any, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """One step of an evaluator that only decodes (for `iteration_update`).
+
+    Args:
+        engine: a `SupervisedEvaluator` whose network has `decode`.
+        batchdata: a batch with the key `latent`, (B, C, D/4, H/4, W/4).
+
+    Returns:
+        `latent`, and `pred` (B, 1, D, H, W), fp32.
+    """
+    latent = batchdata["latent"].to(device=engine.state.device, non_blocking=engine.non_blocking)
+    with engine.mode(engine.network), engine.inferer.autocast():
+        pred = engine.network.decode(latent)
+    return _finished(engine, {"latent": latent, "pred": pred.float()})
+
+
+def _encoded(engine: Any, batchdata: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The image, and its posterior in fp32."""
     image, _ = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking)
-    network = engine.network
-    with engine.mode(network), engine.inferer.autocast():
-        mu, sigma = network.encode(image)
-        pred = network.decode(mu)
-    logvar = 2 * sigma.float().log()
-    engine.state.output = {"image": image, "pred": pred.float(), "mu": mu.float(), "logvar": logvar}
+    with engine.mode(engine.network), engine.inferer.autocast():
+        mu, sigma = engine.network.encode(image)
+    return image, {"mu": mu.float(), "logvar": 2 * sigma.float().log()}
+
+
+def _finished(engine: Any, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    engine.state.output = output
     engine.fire_event(IterationEvents.FORWARD_COMPLETED)
     engine.fire_event(IterationEvents.MODEL_COMPLETED)
-    return engine.state.output
+    return engine.state.output  # decollated by MODEL_COMPLETED

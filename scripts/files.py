@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.errors import InputError
 
-__all__ = ["replacing"]
+__all__ = ["remove_unfinished", "replacing"]
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to, and rename it to `path` if the block ends without an error.
 
-    The temporary name keeps the ending, because nibabel and matplotlib choose the format by it.
+    The temporary name keeps the ending, because nibabel and matplotlib choose the format by it; it begins with a dot,
+    the machine and the process, so that processes that share a folder do not meet.
 
     Args:
         path: the final name; its folder is made if it is missing.
@@ -28,7 +31,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         InputError: the folder cannot be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{_machine()}-{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -39,3 +42,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what processes of this machine that were killed in the middle of `replacing` have left behind.
+
+    Args:
+        folder: searched with its subfolders; files of running processes and of other machines stay.
+    """
+    pattern = re.compile(rf"\.{re.escape(_machine())}-(\d+)\..+")
+    for path in Path(folder).rglob(f".{_machine()}-*"):
+        match = pattern.fullmatch(path.name)
+        if match and not _is_running(int(match.group(1))):
+            path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return re.sub(r"[^\w]", "_", socket.gethostname())[:32]
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

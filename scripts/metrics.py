@@ -108,6 +108,10 @@ class ActiveUnits:
             return math.nan
         return float((self._squares / (self.n - 1) > threshold).double().mean())
 
+    def moments(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Number of volumes, and their mean and sum of squared deviations at every position, float64 (C, ...)."""
+        return self.n, self._mean, self._squares
+
     def _add(self, n: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
         if n == 0:
             return

@@ -1,0 +1,196 @@
+"""From a cohort to a finished folder of latents, through any number of interruptions.
+
+`encode.json` asks `scans_to_encode` what is left to do, attaches `LatentWriter`, and calls its `finish` at the end.
+The one idea: the files are the state. A file that is there is whole and says in its header what it was made from and
+by which weights and preprocessing; a run encodes what is missing, and manifest and statistics are made from the
+files when none is missing, so that they are the same whoever wrote them, in how many runs and processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.transforms import Compose
+from tqdm import tqdm
+
+from scripts.datasets import transforms_hash
+from scripts.distributed import share_of_rank, wait_for_all
+from scripts.errors import InputError
+from scripts.files import remove_unfinished, replacing
+from scripts.latent_statistics import LatentStatistics
+from scripts.latents import (
+    DTYPES,
+    ENDING,
+    MANIFEST,
+    RECORD_KEYS,
+    STATISTICS,
+    latent_files,
+    latent_path,
+    manifest_entry,
+    read_header,
+    read_latent,
+    read_manifest,
+    write_latent,
+)
+from scripts.source_grid import SourceGrid
+from scripts.writers import file_sha256
+
+__all__ = ["LatentWriter", "encoding_settings", "scans_to_encode"]
+
+METADATA = Path(__file__).resolve().parents[1] / "configs" / "metadata.json"
+SETTINGS = {"weights_sha256": "weights", "preprocessing_sha256": "preprocessing", "dtype": "dtype"}
+MOST_WAITING = 4  # volumes that may wait for the disk before the encoder waits for it, too
+
+
+def encoding_settings(weights: str, preprocessing: Compose, dtype: str) -> dict[str, str]:
+    """What decides about a latent besides the scan; every file of a folder was made with the same.
+
+    Args:
+        weights: the weights file.
+        preprocessing: the transform into model space.
+        dtype: `float16` or `float32`.
+
+    Raises:
+        InputError: the dtype is another, or the weights cannot be read.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"'dtype' is {dtype!r}; give {' or '.join(DTYPES)}.")
+    sha256 = transforms_hash(preprocessing.transforms)[:64].decode()
+    return {"weights_sha256": file_sha256(weights), "preprocessing_sha256": sha256, "dtype": dtype}
+
+
+def scans_to_encode(
+    scans: Sequence[dict[str, str]], output_dir: str, settings: Mapping[str, str], overwrite: bool, shards: int = 0
+) -> list[dict[str, str]]:
+    """This process's share of the scans, less those whose latents are there already.
+
+    Args:
+        scans: records of the cohort.
+        output_dir: the folder of latents.
+        settings: from `encoding_settings`.
+        overwrite: whether latents of other weights, preprocessing or scans are made anew; else they are refused.
+        shards: see `latent_path`.
+
+    Raises:
+        InputError: the folder holds latents that this run may not replace.
+    """
+    folder, names = Path(output_dir), {scan["name"]: scan for scan in scans}
+    found: dict[str, Path] = {}
+    stale: dict[str, str] = {}
+    for path in tqdm(latent_files(folder), desc="latents there already", disable=None, leave=False):
+        header = read_header(path)
+        name = path.name.removesuffix(ENDING)
+        found[name] = path
+        changed = [text for key, text in SETTINGS.items() if header.get(key) != settings[key]]
+        if name in names:
+            if path != latent_path(folder, name, shards):
+                raise InputError(f"{path} was written with another 'shards'; use that number, or another output_dir.")
+            changed += [] if header["source_sha256"] == file_sha256(names[name]["image"]) else ["scan"]
+        if changed and not (overwrite and name in names):
+            remedy = "add --overwrite True or give" if name in names else "it is not of this cohort: give"
+            raise InputError(
+                f"{path} was made with another {' and another '.join(changed)}; {remedy} another output_dir."
+            )
+        if changed:
+            stale[name] = " ".join(changed)
+    if stale:
+        for name in (MANIFEST, STATISTICS):  # they speak of files that are about to change
+            (folder / name).unlink(missing_ok=True)
+    return [scan for scan in share_of_rank(scans) if scan["name"] not in found or scan["name"] in stale]
+
+
+class LatentWriter:
+    """`<name>_latent.safetensors` a volume, written beside the encoding of the next one; manifest and statistics.
+
+    Args:
+        output_dir: the folder of latents.
+        settings: from `encoding_settings`.
+        shards: see `latent_path`.
+    """
+
+    def __init__(self, output_dir: str, settings: Mapping[str, str], shards: int = 0) -> None:
+        self.folder = Path(output_dir)
+        self.settings = dict(settings)
+        self.shards = shards
+        self.version = json.loads(METADATA.read_text())["version"]
+        self.waiting: deque[Future[None]] = deque()
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latent-writer")
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator whose iteration gives mu and logvar (`encode_iteration`)."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._volumes)
+        engine.add_event_handler(Events.COMPLETED, self._drain)
+
+    def finish(self) -> None:
+        """Once every process is done, the first writes manifest and statistics of all files, and says where they are.
+
+        Raises:
+            InputError: a file was made with other settings by a process that ran at the same time.
+        """
+        wait_for_all()
+        if idist.get_rank() == 0:
+            self._summarise()
+        wait_for_all()
+
+    def _volumes(self, engine: Engine) -> None:
+        dtype = DTYPES[self.settings["dtype"]]
+        for record, output in zip(engine.state.batch, engine.state.output, strict=True):
+            mu, logvar = (output[key].detach().as_subclass(torch.Tensor).to("cpu", dtype) for key in ("mu", "logvar"))
+            about = {key: record.get(key, "") for key in RECORD_KEYS}
+            self.waiting.append(self.pool.submit(self._write, about, output["image"], mu, logvar))
+        while len(self.waiting) > MOST_WAITING:
+            self.waiting.popleft().result()
+
+    def _drain(self, engine: Engine) -> None:
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def _write(self, about: dict[str, str], image: MetaTensor, mu: torch.Tensor, logvar: torch.Tensor) -> None:
+        source = Path(image.meta["filename_or_obj"])
+        header = {
+            **about,
+            **self.settings,
+            "source_file": source.name,
+            "source_sha256": file_sha256(source),
+            "bundle_version": self.version,
+            **SourceGrid.of_image(image).as_header(),
+        }
+        write_latent(latent_path(self.folder, about["name"], self.shards), mu, logvar, header)
+
+    def _summarise(self) -> None:
+        remove_unfinished(self.folder)
+        statistics = LatentStatistics()
+        with replacing(self.folder / MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as manifest:
+            for path in tqdm(latent_files(self.folder), desc="manifest and statistics", disable=None, leave=False):
+                latent = read_latent(path)
+                if any(latent.header.get(key) != value for key, value in self.settings.items()):
+                    raise InputError(f"{path} was made with other settings than the rest of the folder; delete it.")
+                statistics.update(latent.mu, latent.logvar)
+                manifest.write(json.dumps(manifest_entry(self.folder, path)) + "\n")
+        result = {**statistics.result(), **self.settings, "bundle_version": self.version}
+        with replacing(self.folder / STATISTICS) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        n = sum(1 for _ in read_manifest(self.folder))
+        print(_report(result))
+        print(f"{n} latents, {MANIFEST} and {STATISTICS} are in {self.folder}", flush=True)
+
+
+def _report(result: Mapping[str, Any]) -> str:
+    """The statistics as a table of one line a channel."""
+    lines = ["channel  mean of mu  sd of mu  sd of z  scale factor"]
+    columns = (result["mu"]["mean"], result["mu"]["sd"], result["z"]["sd"], result["scale_factor"]["channel"])
+    for channel, (mean, sd, sd_z, scale) in enumerate(zip(*columns, strict=True)):
+        lines.append(f"{channel:>7}  {mean:>10.4f}  {sd:>8.4f}  {sd_z:>7.4f}  {scale:>12.4f}")
+    overall = result["z"]["sd_overall"], result["scale_factor"]["overall"]
+    lines.append("overall" + " " * 22 + "{:>9.4f}  {:>12.4f}".format(*overall))
+    share = "-" if result["active_units"] is None else f"{result['active_units']:.3f}"
+    return "\n".join([*lines, f"KL {result['kl']:.4f} nats a value; active units {share}"])

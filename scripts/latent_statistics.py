@@ -10,13 +10,85 @@ there estimated from the first batch, here from all of the cohort.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from scripts.metrics import ActiveUnits, kl_per_value
+__all__ = ["ActiveUnits", "LatentStatistics", "kl_per_value"]
 
-__all__ = ["LatentStatistics"]
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def kl_per_value(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL divergence of the posterior from the standard normal, mean over latent values.
+
+    Args:
+        mu: posterior mean, (B, C, ...), any float type.
+        logvar: log of the posterior variance, same shape; clamped to [-30, 20] as the network does.
+
+    Returns:
+        (B,) float32, nats per latent value: the mean of 0.5 (mu^2 + sigma^2 - 1 - logvar).
+
+    Raises:
+        ValueError: the shapes differ or have no batch axis.
+    """
+    if mu.shape != logvar.shape or mu.ndim < 2:
+        raise ValueError(f"mu and logvar must both be (B, C, ...), got {tuple(mu.shape)} and {tuple(logvar.shape)}.")
+    # float() first: exp(20) overflows in float16. expm1 keeps the digits that sigma^2 - 1 loses near sigma = 1.
+    mu = mu.as_subclass(torch.Tensor).float()
+    logvar = logvar.as_subclass(torch.Tensor).float().clamp(*LOGVAR_RANGE)
+    return 0.5 * (mu.square() + torch.expm1(logvar) - logvar).flatten(1).mean(1)
+
+
+class ActiveUnits:
+    """Share of the latent's channel-positions whose mu varies across a set of volumes (Burda et al. 2016).
+
+    Running mean and sum of squares (Welford; batches and other processes' shares merged after Chan et al. 1983), two
+    float64 latents on the CPU however many volumes there are.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._squares = torch.zeros(0, dtype=torch.float64)
+
+    def update(self, mu: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            mu: posterior means (B, C, D/4, H/4, W/4); the shape behind B is the same in every call.
+        """
+        batch = mu.detach().as_subclass(torch.Tensor).double().cpu()
+        self._add(len(batch), batch.mean(0), (batch - batch.mean(0)).square().sum(0))
+
+    def merge(self, other: ActiveUnits) -> None:
+        """Add what another instance has seen, such as another process's share of the set."""
+        if other.n:
+            self._add(other.n, other._mean, other._squares)
+
+    def share(self, threshold: float = 0.01) -> float:
+        """Share in [0, 1] of positions with a sample variance above `threshold`; nan for fewer than two volumes."""
+        if self.n < 2:
+            return math.nan
+        return float((self._squares / (self.n - 1) > threshold).double().mean())
+
+    def moments(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Number of volumes, and their mean and sum of squared deviations at every position, float64 (C, ...)."""
+        return self.n, self._mean, self._squares
+
+    def _add(self, n: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
+        if n == 0:
+            return
+        if self.n == 0:
+            self.n, self._mean, self._squares = n, mean, squares
+            return
+        if mean.shape != self._mean.shape:
+            raise ValueError(f"latents of {tuple(self._mean.shape)} and of {tuple(mean.shape)} cannot be compared.")
+        difference, total = mean - self._mean, self.n + n
+        self._squares = self._squares + squares + difference.square() * (self.n * n / total)
+        self._mean = self._mean + difference * (n / total)
+        self.n = total
 
 
 class LatentStatistics:

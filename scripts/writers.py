@@ -25,7 +25,8 @@ from tqdm import tqdm
 from scripts.baselines import Baseline
 from scripts.errors import InputError
 from scripts.files import replacing
-from scripts.metrics import ActiveUnits, format_table, kl_per_value, reconstruction_metrics, summarise
+from scripts.latent_statistics import ActiveUnits, kl_per_value
+from scripts.metrics import format_table, reconstruction_metrics, summarise
 from scripts.pictures import recon_panel, save_png, to_ras
 from scripts.transforms import FACTOR_KEY, count_outside, outside_model_space
 

@@ -15,14 +15,8 @@ from monai.handlers import IgniteMetricHandler, from_engine
 from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from torch.distributions import Normal, kl_divergence
 
-from scripts.metrics import (
-    ActiveUnits,
-    VolumeMetric,
-    format_table,
-    kl_per_value,
-    reconstruction_metrics,
-    summarise,
-)
+from scripts.latent_statistics import ActiveUnits, kl_per_value
+from scripts.metrics import VolumeMetric, format_table, reconstruction_metrics, summarise
 
 SIZE = (12, 14, 13)  # SSIM's window is 11
 VOLUME_COLUMNS = ["l1", "psnr", "psnr_brain", "ssim"]

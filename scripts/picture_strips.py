@@ -1,0 +1,77 @@
+"""One picture of many volumes: a column each, three planes below each other, one window for all.
+
+Decoding, sampling and interpolation show their results with it. See `pictures` for panels of one volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from scripts import pictures
+
+__all__ = ["volume_strip"]
+
+PER_BAND = 8  # volumes side by side
+EDGE = 1.5  # inches of the longest edge
+
+
+def volume_strip(
+    volumes: Sequence[np.ndarray],
+    names: Sequence[str],
+    spacing: Sequence[float] = (1.5, 1.5, 1.5),
+    title: str = "",
+    window_top: float = 1.0,
+) -> Figure:
+    """Axial, coronal and sagittal middle of each volume; bands of eight volumes.
+
+    Args:
+        volumes: (D, H, W) each, RAS, one shape; not-finite values are drawn as 0.
+        names: of the volumes.
+        spacing: voxel size in mm.
+        title: of the whole picture.
+        window_top: the intensity that is white.
+
+    Returns:
+        The figure, for `save_png`.
+
+    Raises:
+        ValueError: no volumes, or shapes, names or spacing do not fit.
+    """
+    volumes = [pictures._checked_volume(volume, "volume") for volume in volumes]
+    if not volumes or len(volumes) != len(names) or len({volume.shape for volume in volumes}) > 1:
+        raise ValueError(f"volumes of one shape and as many names are needed, got {len(volumes)} and {len(names)}")
+    shape = volumes[0].shape
+    edges = pictures._edges(shape, spacing)
+    scale = EDGE / max(edges)
+    views = list(pictures.VIEWS.values())
+    width = scale * max(edges[0], edges[1]) + 0.08
+    heights = [scale * edges[view.up] + 0.08 for view in views]
+    n_columns = min(PER_BAND, len(volumes))
+    n_bands = ceil(len(volumes) / PER_BAND)
+    head, label, foot = (0.4 if title else 0.1), 0.3, 0.3
+    band = label + sum(heights)
+    figure = Figure((max(5.0, n_columns * width), head + n_bands * band + foot), pictures.DPI, facecolor="black")
+    top, middle = figure.get_figheight() - head, figure.get_figwidth() / 2
+    if title:
+        pictures._write(figure, middle, figure.get_figheight() - head / 2, title, size=11)
+    window = Normalize(0, window_top)
+    for number, (volume, name) in enumerate(zip(volumes, names, strict=True)):
+        row, column = divmod(number, PER_BAND)
+        across = middle + (column + 0.5 - n_columns / 2) * width
+        upper = top - row * band - label
+        pictures._write(figure, across, upper + label / 2, name, size=min(9, 90 * width / max(8, len(name))))
+        for view, height in zip(views, heights, strict=True):
+            size = (scale * edges[view.across], scale * edges[view.up])
+            axes = pictures._add_panel(figure, (across, upper - height / 2), size)
+            pictures._draw(axes, view.slice(volume, shape[view.through] // 2), "gray", window)
+            if number == 0:
+                pictures._letter(axes, view)
+            upper -= height
+    footer = pictures._footer(window_top, "of model space's unit")
+    pictures._write(figure, middle, foot / 2, f"middle slices; {footer}", size=7.5, colour=pictures.FAINT)
+    return figure

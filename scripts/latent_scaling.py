@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.transforms import CenterSpatialCrop, SpatialPad
+from monai.transforms import SpatialPad
 
 from scripts.errors import InputError
 
@@ -68,11 +68,13 @@ class LatentScaling:
         """Crop about the centre to `sides`, then unscale.
 
         Args:
-            z: scaled (C, D, H, W).
+            z: scaled (C, D, H, W), padded or not.
             sides: of the raw latent, (D, H, W).
         """
-        cropped = _plain(CenterSpatialCrop(sides)(z)) if self.pad else z
-        return cropped / self.scale.to(z) + self.shift.to(z)
+        for axis, side in enumerate(sides, start=1):
+            # The exact inverse of SpatialPad; MONAI's CenterSpatialCrop is off by one where an odd number was padded.
+            z = z.narrow(axis, (z.shape[axis] - side) // 2, side)
+        return z / self.scale.to(z) + self.shift.to(z)
 
 
 def _as_list(value: float | list[float]) -> list[float]:

@@ -1,0 +1,241 @@
+"""Latents from anywhere, for decoding: this bundle's files, or what a diffusion model has written.
+
+`decode.json` lists them with `list_latents` and reads them with `LoadLatentd`. The one idea: nothing is guessed. What
+was done to a latent (scaling, padding) is said in the config and checked against its shape, and no format is read in a
+way that could run code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from safetensors import safe_open
+
+from scripts.errors import InputError, as_flag
+from scripts.latent_scaling import LatentScaling, padded_shape
+from scripts.latents import read_statistics
+from scripts.networks import UNREADABLE
+
+__all__ = ["LoadLatentd", "list_latents", "read_tensor", "to_raw"]
+
+NAMES = ("mu", "z", "latent")
+MOST_VALUES = 10**9  # a hundred times more than any latent; what a damaged header declares is not allocated
+
+
+def list_latents(path: str | Path) -> list[dict[str, str]]:
+    """Latent files as records.
+
+    Args:
+        path: a file, or a folder that is searched with its subfolders.
+
+    Returns:
+        Dicts with latent and file (both the path) and name: the file's stem less `_latent`, with its folders before it
+        where two files share it.
+
+    Raises:
+        InputError: the path does not exist, or no latent file is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and _suffix(p))
+    else:
+        files = [path] if path.is_file() and _suffix(path) else []
+    if not files:
+        kinds = ", ".join(READERS)
+        raise InputError(f"{path} is no latent file and no folder of them ({kinds}); give it in 'dataset_dir'.")
+    stems = [_stem(file) for file in files]
+    records = []
+    for file, stem in zip(files, stems, strict=True):
+        parts = file.relative_to(path).parent.parts if stems.count(stem) > 1 and path.is_dir() else ()
+        records.append({"latent": str(file), "file": str(file), "name": "_".join((*parts, stem))})
+    names = [record["name"] for record in records]
+    for record in records:  # x.npy beside x.pt
+        if names.count(record["name"]) > 1:
+            record["name"] += "_" + _suffix(Path(record["file"]))[1:].replace(".", "_")
+    return records
+
+
+def read_tensor(path: str | Path) -> torch.Tensor:
+    """The tensor of a file, float32, as it is found.
+
+    Args:
+        path: `.safetensors`, `.npy`, `.npz`, `.pt`, `.pth`, `.nii` or `.nii.gz` (channels last there).
+
+    Raises:
+        InputError: the file cannot be read, declares more than 1e9 values, holds none or several tensors without one
+            named mu, z or latent, or values that are not finite real numbers.
+    """
+    path = Path(path)
+    try:
+        content = READERS[_suffix(path)](path)
+    except InputError:
+        raise
+    except (*UNREADABLE, EOFError, nib.filebasedimages.ImageFileError) as error:
+        raise InputError(
+            f"{path} is damaged or no {_suffix(path)} file of a latent ({error}); copy it again."
+        ) from error
+    tensor = torch.as_tensor(content)
+    if not (tensor.is_floating_point() or tensor.dtype in (torch.int16, torch.int32, torch.int64, torch.uint8)):
+        raise InputError(f"{path} holds {tensor.dtype} values; a latent is of real numbers.")
+    tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path} holds NaN or infinite values; sample it again.")
+    return tensor
+
+
+def to_raw(
+    tensor: torch.Tensor, path: str | Path, shape: Sequence[int], padded: bool, scaling: LatentScaling
+) -> torch.Tensor:
+    """Bring a tensor back to the raw latent.
+
+    Args:
+        tensor: (C, D, H, W), or with a batch axis of 1.
+        path: where it is from, for the error.
+        shape: of the raw latent, (C, D, H, W).
+        padded: whether the sides are padded to multiples of 4.
+        scaling: what was done to it.
+
+    Returns:
+        (C, D, H, W) float32.
+
+    Raises:
+        InputError: the shape is another than what was said.
+    """
+    if tensor.ndim == 5 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    found, raw = list(tensor.shape), list(shape)
+    with_padding = [raw[0], *padded_shape(raw[1:])]
+    expected, other = (with_padding, raw) if padded else (raw, with_padding)
+    if found == expected:
+        return scaling.undo(tensor, raw[1:])
+    if found == other:
+        raise InputError(f"{path} is {_by(found)}; set 'padded' to {not padded}.")
+    one = " Save one latent a file." if tensor.ndim == 5 else ""
+    raise InputError(f"{path} is {_by(found)}; a latent of this network is {_by(expected)} here.{one}")
+
+
+class LoadLatentd(MapTransform):
+    """Read the latent of each key's path, raw: (C, D, H, W) float32.
+
+    Args:
+        keys: keys that hold paths.
+        shape: of the raw latent, (C, D, H, W).
+        padded: whether the files are padded to multiples of 4.
+        scaling: `raw`, `channel` or `overall`: what was done to the files.
+        latent_stats: the `latent_stats.json` they were scaled by; "" for raw ones.
+
+    Raises:
+        InputError: an argument is none of its values, or the statistics are missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        shape: Sequence[int],
+        padded: bool | str = False,
+        scaling: str = "raw",
+        latent_stats: str = "",
+    ) -> None:
+        super().__init__(keys)
+        self.shape = list(shape)
+        self.padded = as_flag(padded, "padded")
+        self.scaling = LatentScaling(scaling, read_statistics(latent_stats) if latent_stats else None)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace each path by its latent."""
+        loaded: dict[Hashable, Any] = dict(data)
+        for key in self.key_iterator(loaded):
+            path = loaded[key]
+            loaded[key] = to_raw(read_tensor(path), path, self.shape, self.padded, self.scaling)
+        return loaded
+
+
+def _from_safetensors(path: Path) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        name = _choose(path, list(file.keys()))
+        _check_size(path, file.get_slice(name).get_shape())
+        return file.get_tensor(name)
+
+
+def _from_npy(path: Path) -> np.ndarray:
+    return _checked_array(path, np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _from_npz(path: Path) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as arrays:
+        name = _choose(path, arrays.files)
+        with arrays.zip.open(f"{name}.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            _check_size(path, read(stream)[0])
+        return _checked_array(path, arrays[name])
+
+
+def _from_torch(path: Path) -> torch.Tensor:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, Mapping):
+        content = content[_choose(path, [str(key) for key in content])]
+    if not torch.is_tensor(content):
+        raise InputError(f"{path} holds {type(content).__name__}, no tensor; save the latent alone.")
+    return content.detach()
+
+
+def _from_nifti(path: Path) -> np.ndarray:
+    image: Any = nib.load(path)
+    _check_size(path, image.shape)
+    values = np.asarray(image.dataobj, dtype=np.float32)
+    if values.ndim == 5 and values.shape[3] == 1:
+        values = values[:, :, :, 0]
+    if values.ndim != 4:
+        raise InputError(f"{path} is {_by(values.shape)}; a latent has its channels in the fourth axis.")
+    return np.ascontiguousarray(np.moveaxis(values, -1, 0))
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": _from_safetensors,
+    ".npy": _from_npy,
+    ".npz": _from_npz,
+    ".pt": _from_torch,
+    ".pth": _from_torch,
+    ".nii": _from_nifti,
+    ".nii.gz": _from_nifti,
+}
+
+
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in READERS if path.name.endswith(suffix)), "")
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(_suffix(path)).removesuffix("_latent")
+
+
+def _choose(path: Path, names: Sequence[str]) -> str:
+    named = [name for name in NAMES if name in names]
+    if not named and len(names) != 1:
+        raise InputError(f"{path} holds {', '.join(names) or 'nothing'}; name the latent mu, z or latent.")
+    return (named or list(names))[0]
+
+
+def _check_size(path: Path, shape: Sequence[int]) -> None:
+    if math.prod(int(side) for side in shape) > MOST_VALUES:
+        raise InputError(f"{path} declares {_by(shape)} values, which is no latent; copy it again.")
+
+
+def _checked_array(path: Path, array: np.ndarray) -> np.ndarray:
+    _check_size(path, array.shape)
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{path} holds {array.dtype} values; a latent is of real numbers.")
+    return np.array(array, dtype=np.float32)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,174 @@
+"""Priors: fitted as said, drawn reproducibly, kept exactly; the way between two latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.errors import InputError
+from scripts.priors import (
+    GaussianPrior,
+    LowRankPrior,
+    Prior,
+    StandardPrior,
+    fit_prior,
+    interpolate,
+    load_prior,
+)
+
+SHAPE = (2, 2, 3, 2)
+N = 60
+
+
+def cohort(n: int = N, rank: int = 3, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Posteriors whose means vary along a few directions, plus a little at every value."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(rank, *SHAPE, generator=generator)
+    weights = torch.randn(n, rank, generator=generator) * torch.tensor([3.0, 2.0, 1.0])[:rank]
+    means = 5 + torch.einsum("nk,k...->n...", weights, directions) + 0.1 * torch.randn(n, *SHAPE, generator=generator)
+    logvars = torch.randn(n, *SHAPE, generator=generator) - 3
+    return list(zip(means, logvars, strict=True))
+
+
+PRIORS = {
+    "standard": StandardPrior(SHAPE),
+    "gaussian": fit_prior("gaussian", cohort(), SHAPE),
+    "lowrank": fit_prior("lowrank", cohort(), SHAPE, 3),
+    "lowrank with residual": fit_prior("lowrank", cohort(), SHAPE, 3, True),
+}
+
+
+def draws(prior: Prior, n: int = 4000) -> torch.Tensor:
+    """Many samples of one seed."""
+    return torch.stack([prior.sample(7, index) for index in range(n)])
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_sample_depends_on_seed_and_index_alone(name: str) -> None:
+    """Whatever else was drawn before, and whatever the global generator does."""
+    prior = PRIORS[name]
+    first = prior.sample(1, 5)
+    torch.rand(3)
+    prior.sample(1, 6)
+    assert torch.equal(prior.sample(1, 5), first)
+    assert not torch.equal(prior.sample(1, 6), first)
+    assert not torch.equal(prior.sample(2, 5), first)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_truncation_scales_about_the_mean(name: str) -> None:
+    """0 is the mean, one half is half the way."""
+    prior = PRIORS[name]
+    assert torch.equal(prior.sample(0, 0, 0), prior.mean)
+    half = prior.mean + (prior.sample(0, 0) - prior.mean) / 2
+    torch.testing.assert_close(prior.sample(0, 0, 0.5), half, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="'truncation'"):
+        prior.sample(0, 0, -1)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+    """The same samples."""
+    PRIORS[name].save(tmp_path / "prior.safetensors")
+    loaded = load_prior(tmp_path / "prior.safetensors")
+    assert type(loaded) is type(PRIORS[name])
+    assert torch.equal(loaded.sample(3, 1), PRIORS[name].sample(3, 1))
+
+
+def test_the_gaussian_prior_has_the_cohorts_moments() -> None:
+    """Against numpy in two passes; and its samples have them, within the error of 4,000 draws."""
+    means, logvars = (torch.stack(part).double().numpy() for part in zip(*cohort(), strict=True))
+    variance = means.var(0, ddof=1) + np.exp(logvars).mean(0)
+    prior = PRIORS["gaussian"]
+    assert isinstance(prior, GaussianPrior)
+    np.testing.assert_allclose(prior.mean, means.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(prior.variance, variance, rtol=1e-6)
+    np.testing.assert_allclose(draws(prior).var(0) / variance, 1, atol=0.12)  # 5 standard errors of a variance
+
+
+@pytest.mark.parametrize("n", [17, N, 5 * 3, 5 * 3 + 1, 5 * 3 + 3])
+def test_components_are_those_of_a_whole_pca(n: int) -> None:
+    """Against an SVD of all means at once, also where the last batch is short (15 means a batch)."""
+    data = cohort(n)
+    prior = LowRankPrior.fit(data, 3)
+    matrix = torch.stack([mu for mu, _ in data]).double().numpy().reshape(n, -1)
+    _, singular, rows = np.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
+    np.testing.assert_allclose(prior.mean.ravel(), matrix.mean(0), rtol=1e-5)
+    # Incremental PCA drops what lies outside its components after each batch: 1e-3 of the variance here.
+    np.testing.assert_allclose(prior.variances, singular[:3] ** 2 / (n - 1), rtol=5e-3)
+    overlap = np.abs(rows[:3] @ prior.components.double().numpy().reshape(3, -1).T)
+    np.testing.assert_allclose(overlap.diagonal(), 1, atol=1e-3)
+
+
+def test_the_residual_completes_the_variance() -> None:
+    """With it, every value has the cohort's total variance; without it, less."""
+    total = PRIORS["gaussian"].variance  # type: ignore[attr-defined]
+    with_it, without = (draws(PRIORS[name]).var(0) for name in ("lowrank with residual", "lowrank"))
+    np.testing.assert_allclose(with_it / total, 1, atol=0.12)
+    assert float((without / total).mean()) < float((with_it / total).mean())
+
+
+def test_latents_are_read_once() -> None:
+    """A generator is enough."""
+    prior = fit_prior("lowrank", iter(cohort()), SHAPE, 3, True)
+    assert torch.equal(prior.sample(0, 0), PRIORS["lowrank with residual"].sample(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "components", "message"),
+    [
+        ("flow", 9, 3, "'prior'"),
+        ("gaussian", 1, 3, "two latents or more"),
+        ("gaussian", 0, 3, "two latents or more"),
+        ("lowrank", 5, 5, "'n_components' is 5, but there are 5"),
+        ("lowrank", 5, 0, "'n_components'"),
+        ("lowrank", 0, 2, "no latents"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(kind: str, n: int, components: int, message: str) -> None:
+    """With the numbers."""
+    with pytest.raises(InputError, match=message):
+        fit_prior(kind, cohort(n), SHAPE, components)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"<html>"])
+def test_what_is_no_prior_is_not_loaded(content: bytes | None, tmp_path: Path) -> None:
+    """The file is named."""
+    if content is not None:
+        (tmp_path / "prior.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"prior\.safetensors"):
+        load_prior(tmp_path / "prior.safetensors")
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), n_steps=st.integers(2, 9), kind=st.sampled_from(["linear", "spherical"]))
+def test_a_way_has_its_ends_and_norms_between(seed: int, n_steps: int, kind: str) -> None:
+    """Ends are exact; on the great circle no step is shorter than the shorter end."""
+    start, end = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(seed)) * torch.tensor([1.0, 3.0]).view(
+        2, 1, 1, 1, 1
+    )
+    path = interpolate(start, end, n_steps, kind)
+    assert path.shape == (n_steps, *SHAPE)
+    assert torch.equal(path[0], start) and torch.equal(path[-1], end)
+    if kind == "spherical":
+        norms = path.flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.linspace(norms[0], norms[-1], n_steps), rtol=1e-4, atol=1e-4)
+
+
+def test_opposite_and_equal_ends_go_straight() -> None:
+    """Where there is no one great circle."""
+    z = torch.randn(SHAPE)
+    for end in (z, -z, 2 * z):
+        torch.testing.assert_close(interpolate(z, end, 3, "spherical")[1], (z + end) / 2)
+
+
+@pytest.mark.parametrize(("n_steps", "kind"), [(1, "linear"), (3, "cubic"), (2.5, "linear")])
+def test_an_impossible_way_is_refused(n_steps: int, kind: str) -> None:
+    """The key is named."""
+    with pytest.raises(InputError, match="'n_steps'|'interpolation'"):
+        interpolate(torch.zeros(SHAPE), torch.ones(SHAPE), n_steps, kind)

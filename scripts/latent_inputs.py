@@ -8,6 +8,7 @@ way that could run code.
 from __future__ import annotations
 
 import math
+import tokenize
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def read_tensor(path: str | Path) -> torch.Tensor:
         content = READERS[_suffix(path)](path)
     except InputError:
         raise
-    except (*UNREADABLE, EOFError, nib.filebasedimages.ImageFileError) as error:
+    except (*UNREADABLE, SyntaxError, tokenize.TokenError, nib.filebasedimages.ImageFileError) as error:  # numpy parses
         raise InputError(
             f"{path} is damaged or no {_suffix(path)} file of a latent ({error}); copy it again."
         ) from error

@@ -55,7 +55,7 @@ def volume_strip(
     n_bands = ceil(len(volumes) / PER_BAND)
     head, label, foot = (0.4 if title else 0.1), 0.3, 0.3
     band = label + sum(heights)
-    figure = Figure((max(5.0, n_columns * width), head + n_bands * band + foot), pictures.DPI, facecolor="black")
+    figure = Figure((max(6.0, n_columns * width), head + n_bands * band + foot), pictures.DPI, facecolor="black")
     top, middle = figure.get_figheight() - head, figure.get_figwidth() / 2
     if title:
         pictures._write(figure, middle, figure.get_figheight() - head / 2, title, size=11)
@@ -72,6 +72,6 @@ def volume_strip(
             if number == 0:
                 pictures._letter(axes, view)
             upper -= height
-    footer = pictures._footer(window_top, "of model space's unit")
-    pictures._write(figure, middle, foot / 2, f"middle slices; {footer}", size=7.5, colour=pictures.FAINT)
+    footer = "middle slices; " + pictures._footer(window_top, "(1: 99.5th percentile)")
+    pictures._write(figure, middle, foot / 2, footer, size=min(7.5, 260 * middle / len(footer)), colour=pictures.FAINT)
     return figure

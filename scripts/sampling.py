@@ -8,6 +8,7 @@ real scans have among themselves, and how near each sample is to a training volu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ class SampleFigures:
             with replacing(self.output_dir / "nearest.csv") as temporary:
                 rows.to_csv(temporary, index=False, float_format="%.6g")
         with replacing(self.output_dir / "figures.json") as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n")
+            finite = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+            temporary.write_text(json.dumps(finite, indent=2) + "\n")
         print("\n".join(f"{key:<24}{value:.5g}" for key, value in figures.items()), flush=True)
 
     def _training(self) -> Iterator[tuple[str, torch.Tensor]]:

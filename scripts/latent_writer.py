@@ -38,13 +38,12 @@ from scripts.latents import (
     manifest_entry,
     read_header,
     read_latent,
-    read_manifest,
     write_latent,
 )
 from scripts.source_grid import SourceGrid
 from scripts.writers import file_sha256
 
-__all__ = ["LatentWriter", "encoding_settings", "scans_to_encode"]
+__all__ = ["LatentWriter", "bundle_version", "encoding_settings", "finish_folder", "scans_to_encode"]
 
 METADATA = Path(__file__).resolve().parents[1] / "configs" / "metadata.json"
 SETTINGS = {"weights_sha256": "weights", "preprocessing_sha256": "preprocessing", "dtype": "dtype"}
@@ -121,7 +120,7 @@ class LatentWriter:
         self.folder = Path(output_dir)
         self.settings = dict(settings)
         self.shards = shards
-        self.version = json.loads(METADATA.read_text())["version"]
+        self.version = bundle_version()
         self.waiting: deque[Future[None]] = deque()
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latent-writer")
 
@@ -138,7 +137,7 @@ class LatentWriter:
         """
         wait_for_all()
         if idist.get_rank() == 0:
-            self._summarise()
+            finish_folder(self.folder, self.settings)
         wait_for_all()
 
     def _volumes(self, engine: Engine) -> None:
@@ -166,22 +165,37 @@ class LatentWriter:
         }
         write_latent(latent_path(self.folder, about["name"], self.shards), mu, logvar, header)
 
-    def _summarise(self) -> None:
-        remove_unfinished(self.folder)
-        statistics = LatentStatistics()
-        with replacing(self.folder / MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as manifest:
-            for path in tqdm(latent_files(self.folder), desc="manifest and statistics", disable=None, leave=False):
-                latent = read_latent(path)
-                if any(latent.header.get(key) != value for key, value in self.settings.items()):
-                    raise InputError(f"{path} was made with other settings than the rest of the folder; delete it.")
-                statistics.update(latent.mu, latent.logvar)
-                manifest.write(json.dumps(manifest_entry(self.folder, path)) + "\n")
-        result = {**statistics.result(), **self.settings, "bundle_version": self.version}
-        with replacing(self.folder / STATISTICS) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
-        n = sum(1 for _ in read_manifest(self.folder))
-        print(_report(result))
-        print(f"{n} latents, {MANIFEST} and {STATISTICS} are in {self.folder}", flush=True)
+
+def finish_folder(folder: str | Path, settings: Mapping[str, str]) -> None:
+    """Write manifest and statistics of all latents of a folder.
+
+    Args:
+        folder: the folder of latents.
+        settings: what every file must have been made with.
+
+    Raises:
+        InputError: a file was made with other settings, or is damaged.
+    """
+    folder = Path(folder)
+    remove_unfinished(folder)
+    statistics = LatentStatistics()
+    with replacing(folder / MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as manifest:
+        for path in tqdm(latent_files(folder), desc="manifest and statistics", disable=None, leave=False):
+            latent = read_latent(path)
+            if any(latent.header.get(key) != value for key, value in settings.items()):
+                raise InputError(f"{path} was made with other settings than the rest of the folder; delete it.")
+            statistics.update(latent.mu, latent.logvar)
+            manifest.write(json.dumps(manifest_entry(folder, path)) + "\n")
+    result = {**statistics.result(), **settings, "bundle_version": bundle_version()}
+    with replacing(folder / STATISTICS) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    print(_report(result))
+    print(f"{result['n']} latents, {MANIFEST} and {STATISTICS} are in {folder}", flush=True)
+
+
+def bundle_version() -> str:
+    """The version in metadata.json."""
+    return json.loads(METADATA.read_text())["version"]
 
 
 def _report(result: Mapping[str, Any]) -> str:

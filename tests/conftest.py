@@ -11,6 +11,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+
+from scripts.networks import BrainVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_NETWORK = [
@@ -19,6 +22,13 @@ TINY_NETWORK = [
     "--spatial_size", "[32, 36, 32]",
     "--spacing", "4.0",
 ]  # fmt: skip
+
+TINY_JOB = [*TINY_NETWORK, "--device", "cpu"]
+TINY_VAE = {
+    "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "channels": [4, 8, 8],
+    "num_res_blocks": [1, 1, 1], "norm_num_groups": 4, "norm_eps": 1e-6, "attention_levels": [False] * 3,
+    "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False,
+}  # fmt: skip
 
 
 def head(seed: int, shape: tuple[int, int, int] = (36, 44, 36)) -> np.ndarray:
@@ -68,3 +78,37 @@ def run_bundle() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+def make_weights(path: Path, seed: int) -> Path:
+    """Random weights of the tiny network."""
+    torch.manual_seed(seed)
+    torch.save(BrainVAE(**TINY_VAE).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights for every test."""
+    return make_weights(tmp_path_factory.mktemp("weights") / "model.pt", 0)
+
+
+def encoding(cohort: Path, output: Path, weights: Path, *more: str) -> list[str]:
+    """Arguments of an encoding run."""
+    return [
+        "--config_file", "configs/encode.json", "--dataset_dir", str(cohort), "--output_dir", str(output),
+        "--weights", str(weights), *TINY_JOB, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def encoded(
+    run_bundle: Callable[..., subprocess.CompletedProcess[str]],
+    bids: Path,
+    weights: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Latents of the whole cohort, by one run that nobody interrupted."""
+    output = tmp_path_factory.mktemp("encoded") / "latents"
+    run_bundle(*encoding(bids, output, weights, "--label", "group"))
+    return output

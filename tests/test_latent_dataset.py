@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_VAE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import DataLoader
 from monai.inferers import LatentDiffusionInferer
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler, Scheduler
-from test_latent_jobs import TINY_VAE
 from test_latents import HEADER
 
 from scripts.errors import InputError

@@ -16,54 +16,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK, write_scan
+from conftest import ROOT, TINY_JOB, encoding, make_weights, write_scan
 
 from scripts.latents import ENDING, read_latent, read_statistics
-from scripts.networks import BrainVAE
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-TINY = [*TINY_NETWORK, "--device", "cpu"]
-TINY_VAE = {
-    "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "channels": [4, 8, 8],
-    "num_res_blocks": [1, 1, 1], "norm_num_groups": 4, "norm_eps": 1e-6, "attention_levels": [False] * 3,
-    "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False,
-}  # fmt: skip
-
-
-def make_weights(path: Path, seed: int) -> Path:
-    """Random weights of the tiny network."""
-    torch.manual_seed(seed)
-    torch.save(BrainVAE(**TINY_VAE).state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights for every test of this file."""
-    return make_weights(tmp_path_factory.mktemp("weights") / "model.pt", 0)
-
-
-def encoding(cohort: Path, output: Path, weights: Path, *more: str) -> list[str]:
-    """Arguments of an encoding run."""
-    return [
-        "--config_file", "configs/encode.json", "--dataset_dir", str(cohort), "--output_dir", str(output),
-        "--weights", str(weights), *TINY, *more,
-    ]  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, str]:
     """Every file of the folder but the pre-flight memory, with its sha256."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "preflight.json")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def encoded(run_bundle: Run, bids: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Latents of the whole cohort, by one run that nobody interrupted."""
-    output = tmp_path_factory.mktemp("encoded") / "latents"
-    run_bundle(*encoding(bids, output, weights, "--label", "group"))
-    return output
 
 
 def test_encoding_leaves_a_finished_folder(encoded: Path) -> None:
@@ -153,7 +116,7 @@ def test_shards_and_float16(bids: Path, weights: Path, run_bundle: Run, tmp_path
 def test_encode_then_decode_is_inference(space: str, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
     """The reconstruction of inference to 1e-4 of the scan's percentile, on the same grid with the same header."""
     scan = write_scan(tmp_path / "scan.nii.gz", seed=3, spacing=3.0)
-    common = ["--weights", str(weights), *TINY]
+    common = ["--weights", str(weights), *TINY_JOB]
     folders = {job: tmp_path / job for job in ("inference", "encode", "decode")}
     inputs = {"inference": scan, "encode": scan, "decode": folders["encode"]}
     more = {"inference": ["--save_model_space", "True"], "encode": [], "decode": ["--space", space]}
@@ -178,7 +141,7 @@ def test_latents_of_other_weights_are_not_decoded(encoded: Path, run_bundle: Run
     """Refused before the first one, with the remedy."""
     done = run_bundle(
         "--config_file", "configs/decode.json", "--dataset_dir", str(encoded), "--output_dir", str(tmp_path / "out"),
-        "--weights", str(make_weights(tmp_path / "other.pt", 1)), *TINY, check=False,
+        "--weights", str(make_weights(tmp_path / "other.pt", 1)), *TINY_JOB, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "encoded with other weights" in done.stderr
     assert not list((tmp_path / "out").glob("*.nii.gz"))

@@ -1,0 +1,129 @@
+"""Sampling from its config: every prior, an interpolation, figures, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY_JOB, make_weights
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+PRIORS = {
+    "standard": [],
+    "gaussian": ["--prior", "gaussian", "--label_value", "patient"],
+    "lowrank": ["--prior", "lowrank", "--n_components", "3", "--residual", "True", "--split", "all"],
+}
+MISTAKES = {
+    "no folder": (["--prior", "gaussian", "--dataset_dir", ""], "folder made by encode.json"),
+    "another prior": (["--prior", "flow"], "'prior' is 'flow'"),
+    "too many components": (["--prior", "lowrank", "--n_components", "6"], "'n_components' is 6"),
+    "unknown label": (["--prior", "gaussian", "--label_value", "athlete"], "with label 'athlete'"),
+    "no samples": (["--n_samples", "0"], "'n_samples'"),
+    "negative truncation": (["--truncation", "-1"], "'truncation'"),
+    "unknown volume": (["--between", "['sub-01_T1w', 'sub-99_T1w']"], "no latent 'sub-99_T1w'"),
+    "one volume": (["--between", "['sub-01_T1w']"], "names of two volumes"),
+}
+
+
+def sampling(folder: Path, output: Path, weights: Path, *more: str) -> list[str]:
+    """Arguments of a sampling run."""
+    return [
+        "--config_file", "configs/sample.json", "--dataset_dir", str(folder), "--output_dir", str(output),
+        "--weights", str(weights), "--n_samples", "2", *TINY_JOB, *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_samples_are_volumes_and_repeat(
+    prior: str,
+    encoded: Path,
+    weights: Path,
+    run_bundle: Run,
+    tmp_path: Path,
+) -> None:
+    """Two NIfTIs in model space centred on the origin, pictures; the same bytes again, others by another seed."""
+    contents = []
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_bundle(*sampling(encoded, tmp_path / run, weights, *PRIORS[prior], "--seed", str(seed)))
+        volumes = [nib.load(path) for path in sorted((tmp_path / run).glob("*.nii.gz"))]
+        contents.append(np.stack([volume.get_fdata() for volume in volumes]))
+    assert contents[0].shape == (2, 32, 36, 32) and np.isfinite(contents[0]).all()
+    np.testing.assert_array_equal(contents[0], contents[1])
+    assert not np.array_equal(contents[0], contents[2])
+    np.testing.assert_allclose(volumes[0].affine @ [15.5, 17.5, 15.5, 1], [0, 0, 0, 1], atol=1e-6)
+    assert (tmp_path / "a" / "samples.png").is_file()
+
+
+def test_a_first_sample_does_not_depend_on_how_many(
+    encoded: Path,
+    weights: Path,
+    run_bundle: Run,
+    tmp_path: Path,
+) -> None:
+    """Sample 1 of 1 is sample 1 of 2."""
+    for n in (1, 2):
+        run_bundle(*sampling(encoded, tmp_path / str(n), weights, "--n_samples", str(n)))
+    first = [nib.load(tmp_path / n / "sample_0001_decoded.nii.gz").get_fdata() for n in "12"]
+    np.testing.assert_array_equal(*first)
+
+
+def test_the_way_between_two_subjects(encoded: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
+    """As many volumes as steps and one strip; the first is the decoded latent of the first subject."""
+    names = ["sub-01_T1w", "sub-02_T1w"]
+    run_bundle(*sampling(encoded, tmp_path / "way", weights, "--between", str(names), "--n_steps", "3"))
+    assert (tmp_path / "way" / "interpolation.png").is_file()
+    assert len(list((tmp_path / "way").glob("step_*_decoded.nii.gz"))) == 3
+    latent = encoded / f"{names[0]}_latent.safetensors"
+    run_bundle(
+        "--config_file", "configs/decode.json", "--dataset_dir", str(latent), "--output_dir", str(tmp_path / "end"),
+        "--weights", str(weights), "--space", "model", *TINY_JOB,
+    )  # fmt: skip
+    ends = [
+        nib.load(p).get_fdata() for p in (tmp_path / "way" / "step_01_decoded.nii.gz", *tmp_path.glob("end/*.nii.gz"))
+    ]
+    np.testing.assert_allclose(*ends, atol=1e-6)
+
+
+def test_figures_stand_beside_their_yardsticks(
+    encoded: Path,
+    bids: Path,
+    weights: Path,
+    run_bundle: Run,
+    tmp_path: Path,
+) -> None:
+    """Distances from the real scans and from the training set, in files and on the screen."""
+    done = run_bundle(*sampling(encoded, tmp_path, weights, "--prior", "gaussian", "--compare_with", str(bids)))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["n_samples"] == 2 and figures["n_real"] == 8
+    for key in ("histogram_distance", "mmd", "mmd_real", "nearest_median", "nearest_least", "nearest_among_training"):
+        assert np.isfinite(figures[key]) and key in done.stdout
+    assert list(pd.read_csv(tmp_path / "nearest.csv")["name"]) == ["sample_0001", "sample_0002"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_sentence(
+    mistake: str,
+    encoded: Path,
+    weights: Path,
+    run_bundle: Run,
+    tmp_path: Path,
+) -> None:
+    """Exit code 2, no traceback, no volume."""
+    more, message = MISTAKES[mistake]
+    done = run_bundle(*sampling(encoded, tmp_path / "out", weights, *more), check=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*.nii.gz"))
+
+
+def test_latents_of_other_weights_give_no_prior(encoded: Path, run_bundle: Run, tmp_path: Path) -> None:
+    """A prior fits the decoder of its encoder only."""
+    other = make_weights(tmp_path / "other.pt", 5)
+    done = run_bundle(*sampling(encoded, tmp_path / "out", other, "--prior", "gaussian"), check=False)
+    assert done.returncode == 2 and "encoded with other weights" in done.stderr

@@ -8,7 +8,7 @@ way that could run code.
 from __future__ import annotations
 
 import math
-import tokenize
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from safetensors import safe_open
 from scripts.errors import InputError, as_flag
 from scripts.latent_scaling import LatentScaling, padded_shape
 from scripts.latents import read_statistics
-from scripts.networks import UNREADABLE
 
 __all__ = ["LoadLatentd", "list_latents", "read_tensor", "to_raw"]
 
@@ -42,7 +41,7 @@ def list_latents(path: str | Path) -> list[dict[str, str]]:
         where two files share it.
 
     Raises:
-        InputError: the path does not exist, or no latent file is there.
+        InputError: the path does not exist, no latent file is there, or two of them would share a name.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,14 +52,19 @@ def list_latents(path: str | Path) -> list[dict[str, str]]:
         kinds = ", ".join(READERS)
         raise InputError(f"{path} is no latent file and no folder of them ({kinds}); give it in 'dataset_dir'.")
     stems = [_stem(file) for file in files]
+    shared = Counter(stems)
     records = []
     for file, stem in zip(files, stems, strict=True):
-        parts = file.relative_to(path).parent.parts if stems.count(stem) > 1 and path.is_dir() else ()
+        parts = file.relative_to(path).parent.parts if shared[stem] > 1 and path.is_dir() else ()
         records.append({"latent": str(file), "file": str(file), "name": "_".join((*parts, stem))})
-    names = [record["name"] for record in records]
+    names = Counter(record["name"] for record in records)
     for record in records:  # x.npy beside x.pt
-        if names.count(record["name"]) > 1:
+        if names[record["name"]] > 1:
             record["name"] += "_" + _suffix(Path(record["file"]))[1:].replace(".", "_")
+    names = Counter(record["name"] for record in records)
+    twice = [record["file"] for record in records if names[record["name"]] > 1]
+    if twice:  # a/x.npy beside a_x.npy
+        raise InputError(f"{twice[0]} and {twice[1]} would get one name; rename one of them.")
     return records
 
 
@@ -75,16 +79,19 @@ def read_tensor(path: str | Path) -> torch.Tensor:
             named mu, z or latent, or values that are not finite real numbers.
     """
     path = Path(path)
+    if not path.is_file() or not _suffix(path):
+        raise InputError(f"{path} is no latent file ({', '.join(READERS)}); check the path.")
     try:
         content = READERS[_suffix(path)](path)
     except InputError:
         raise
-    except (*UNREADABLE, SyntaxError, tokenize.TokenError, nib.filebasedimages.ImageFileError) as error:  # numpy parses
+    except Exception as error:  # a damaged file makes a reader raise nearly anything
+        detail = " ".join(str(error).split())[:120]
         raise InputError(
-            f"{path} is damaged or no {_suffix(path)} file of a latent ({error}); copy it again."
+            f"{path} is damaged or no {_suffix(path)} file of a latent ({detail}); copy it again."
         ) from error
     tensor = torch.as_tensor(content)
-    if not (tensor.is_floating_point() or tensor.dtype in (torch.int16, torch.int32, torch.int64, torch.uint8)):
+    if tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool:
         raise InputError(f"{path} holds {tensor.dtype} values; a latent is of real numbers.")
     tensor = tensor.to(torch.float32)
     if not torch.isfinite(tensor).all():
@@ -183,15 +190,21 @@ def _from_npz(path: Path) -> np.ndarray:
 def _from_torch(path: Path) -> torch.Tensor:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Mapping):
-        content = content[_choose(path, [str(key) for key in content])]
+        content = {str(key): value for key, value in content.items()}
+        content = content[_choose(path, list(content))]
     if not torch.is_tensor(content):
         raise InputError(f"{path} holds {type(content).__name__}, no tensor; save the latent alone.")
+    if content.layout != torch.strided or content.is_meta:
+        raise InputError(f"{path} holds a tensor that is sparse or without values; save it dense.")
+    _check_size(path, content.shape)  # an expanded tensor is small in the file alone
     return content.detach()
 
 
 def _from_nifti(path: Path) -> np.ndarray:
     image: Any = nib.load(path)
     _check_size(path, image.shape)
+    if image.get_data_dtype().kind not in "fiu":  # as float32, complex values would lose their imaginary part
+        raise InputError(f"{path} holds {image.get_data_dtype()} values; a latent is of real numbers.")
     values = np.asarray(image.dataobj, dtype=np.float32)
     if values.ndim == 5 and values.shape[3] == 1:
         values = values[:, :, :, 0]

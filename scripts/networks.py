@@ -29,7 +29,7 @@ __all__ = ["UNREADABLE", "BrainVAE", "FoldedUpsample", "load_weights", "read_sta
 
 # What torch's restricted unpickler and safetensors raise for files that are cut off or of another kind.
 UNREADABLE = (
-    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, struct.error,
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, struct.error,
     SafetensorError, pickle.UnpicklingError,
 )  # fmt: skip
 

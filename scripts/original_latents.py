@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import torch
 
@@ -295,8 +294,3 @@ def _as_label(value: Any, path: Path) -> str:
 
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "one value"
-
-
-if __name__ == "__main__":
-    report_input_errors()
-    fire.Fire({"import_folder": import_folder, "export_folder": export_folder})

@@ -318,18 +318,3 @@ def test_conversion_refuses_at_once(tmp_path: Path) -> None:
     write(tmp_path / "a.pickle")
     with pytest.raises(InputError, match="holds a with two endings"):
         convert_from_original(tmp_path)
-
-
-def test_a_folder_goes_there_and_back(tmp_path: Path) -> None:
-    """Pickles become a folder that `LatentDataset` reads, and that folder the same pickles."""
-    for number in range(6):
-        write_original(tmp_path / "in" / f"scan{number}.pkl", *posterior(number), number % 2)
-    assert import_folder(str(tmp_path / "in"), str(tmp_path / "latents"), val_fraction=0.5) == 6
-    data = LatentDataset(tmp_path / "latents", draw="mean", scaling="raw", check_hashes=True)
-    assert torch.equal(data[0]["latent"], posterior(0)[0]) and data[1]["label"] == "1"
-    assert {item["split"] for item in data.data} == {"train", "val"}
-    assert export_folder(tmp_path / "latents", tmp_path / "out") == 6
-    for path in (tmp_path / "in").iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(InputError, match="holds latents already"):
-        import_folder(str(tmp_path / "in"), str(tmp_path / "latents"))

@@ -7,6 +7,7 @@ every value; `lowrank` has the cohort's principal components, so that what varie
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -17,24 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.decomposition import IncrementalPCA
+from torch import Tensor
 
 from scripts.errors import InputError
 from scripts.files import replacing
 
-__all__ = [
-    "PRIORS",
-    "GaussianPrior",
-    "LowRankPrior",
-    "Prior",
-    "StandardPrior",
-    "fit_prior",
-    "interpolate",
-    "load_prior",
-]
+__all__ = ["GaussianPrior", "LowRankPrior", "Prior", "StandardPrior", "fit_prior", "interpolate", "load_prior"]
 
 LOGVAR_RANGE = (-30.0, 20.0)
 PARALLEL = 1 - 1e-6  # cosine beyond which the great circle is a point or not unique
-Posterior = tuple[torch.Tensor, torch.Tensor]
+Posterior = tuple[Tensor, Tensor]
 
 
 class Prior(ABC):
@@ -42,16 +35,26 @@ class Prior(ABC):
 
     Attributes:
         mean: (C, D, H, W) float32.
+        label: of the volumes that it was fitted to, kept in the file; "" for every volume.
     """
 
     kind: str
-    mean: torch.Tensor
+    parts: tuple[str, ...] = ("mean",)  # the tensors that describe it
+    mean: Tensor
+    label: str = ""
 
-    def sample(self, seed: int, index: int, truncation: float = 1.0) -> torch.Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample, (C, D, H, W)."""
+        return tuple(self.mean.shape)
+
+    def sample(self, seed: int, index: int, truncation: float = 1.0) -> Tensor:
         """The index-th sample of a seed; it depends on nothing else that was drawn.
 
+        torch's CPU generator has 2^32 starting points: two of 10,000 samples are equal with a probability of 1 %.
+
         Args:
-            seed: of the run.
+            seed: of the run, a whole number from 0.
             index: of the sample, from 0.
             truncation: factor on the standard deviation about the mean; 0 gives the mean.
 
@@ -59,54 +62,44 @@ class Prior(ABC):
             (C, D, H, W) float32.
 
         Raises:
-            InputError: `truncation` is negative.
+            InputError: `seed` is negative or no whole number, or `truncation` negative or no finite number.
         """
-        if not truncation >= 0:
+        _check_whole("seed", seed, 0)
+        if not isinstance(truncation, int | float) or not 0 <= truncation < math.inf:
             raise InputError(f"'truncation' is {truncation!r}; give 0 (the mean) or a positive number.")
         state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
         return self.mean + truncation * self._deviation(torch.Generator().manual_seed(state))
 
     @abstractmethod
-    def _deviation(self, generator: torch.Generator) -> torch.Tensor:
+    def _deviation(self, generator: torch.Generator) -> Tensor:
         """A sample less the mean."""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What describes the prior, for `save`."""
-        return {"mean": self.mean}
-
     def save(self, path: str | Path) -> None:
-        """Write the prior to one safetensors file, for `load_prior`."""
+        """Write the prior to one safetensors file, for `load_prior`; InputError where that cannot be written."""
+        tensors = {name: getattr(self, name).contiguous() for name in self.parts if getattr(self, name) is not None}
         with replacing(path) as temporary:
-            save_file({name: t.contiguous() for name, t in self.tensors().items()}, temporary, {"prior": self.kind})
+            save_file(tensors, temporary, {"prior": self.kind, "label": self.label})
 
 
 class StandardPrior(Prior):
-    """N(0, I).
-
-    Args:
-        shape: of the latent, (C, D, H, W).
-    """
+    """N(0, I), for a latent of shape (C, D, H, W)."""
 
     kind = "standard"
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.mean = torch.zeros(*shape)
 
-    def _deviation(self, generator: torch.Generator) -> torch.Tensor:
+    def _deviation(self, generator: torch.Generator) -> Tensor:
         return torch.randn(self.mean.shape, generator=generator)
 
 
 class GaussianPrior(Prior):
-    """An independent normal distribution at every value of the latent.
-
-    Args:
-        mean: (C, D, H, W).
-        variance: the same shape.
-    """
+    """An independent normal distribution at every value of the latent; mean and variance are (C, D, H, W)."""
 
     kind = "gaussian"
+    parts = ("mean", "variance")
 
-    def __init__(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
         self.mean, self.variance = mean.float(), variance.float()
 
     @classmethod
@@ -117,19 +110,15 @@ class GaussianPrior(Prior):
             latents: mu and logvar, (C, D, H, W) each, read once, one at a time.
 
         Raises:
-            InputError: fewer than two volumes.
+            InputError: fewer than two volumes, or one of another shape or with values that are not finite.
         """
         moments = _Moments()
         for mu, logvar in latents:
             moments.add(mu, logvar)
-        return cls(moments.mean, moments.total_variance())
+        return cls(moments.mean, moments.variance() + moments.sigma2 / moments.n)
 
-    def _deviation(self, generator: torch.Generator) -> torch.Tensor:
+    def _deviation(self, generator: torch.Generator) -> Tensor:
         return self.variance.sqrt() * torch.randn(self.mean.shape, generator=generator)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Mean and variance."""
-        return {"mean": self.mean, "variance": self.variance}
 
 
 class LowRankPrior(Prior):
@@ -143,20 +132,15 @@ class LowRankPrior(Prior):
     """
 
     kind = "lowrank"
+    parts = ("mean", "components", "variances", "residual")
 
-    def __init__(
-        self,
-        mean: torch.Tensor,
-        components: torch.Tensor,
-        variances: torch.Tensor,
-        residual: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, mean: Tensor, components: Tensor, variances: Tensor, residual: Tensor | None = None) -> None:
         self.mean, self.components, self.variances = mean.float(), components.float(), variances.float()
         self.residual = None if residual is None else residual.float()
 
     @classmethod
     def fit(cls, latents: Iterable[Posterior], n_components: int, residual: bool = False) -> LowRankPrior:
-        """Find the components by scikit-learn's incremental PCA: exact for cohorts of up to 5 K volumes.
+        """Find the components by incremental PCA: exact for up to 5 K volumes, beyond with slightly small variances.
 
         Args:
             latents: mu and logvar, (C, D, H, W) each, read once; memory holds a batch of 5 K means.
@@ -164,77 +148,59 @@ class LowRankPrior(Prior):
             residual: whether what the components leave of the variance, and the mean of sigma squared, is added.
 
         Raises:
-            InputError: `n_components` is no positive number, or not fewer than there are volumes.
+            InputError: `n_components` is not from 1 to the number of volumes less one, or as in `GaussianPrior.fit`.
         """
-        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
-            raise InputError(f"'n_components' is {n_components!r}; give a whole number above 0.")
+        _check_whole("n_components", n_components, 1)
         moments = _Moments()
-
-        def means() -> Iterator[np.ndarray]:
-            for mu, logvar in latents:
-                moments.add(mu, logvar)
-                yield mu.float().numpy().ravel()
-
+        means = (moments.add(mu, logvar).float().numpy().ravel() for mu, logvar in latents)
         pca = IncrementalPCA(n_components)
-        for batch in _batches(means(), 5 * n_components, n_components):
-            if len(batch) <= n_components:
-                raise InputError(
-                    f"'n_components' is {n_components}, but there are {len(batch)} latents; give a smaller number."
-                )
-            pca.partial_fit(batch)
-        if moments.n == 0:
-            raise InputError("there are no latents to fit a prior to; encode a cohort first.")
-        shape = moments.mean.shape
-        components = torch.from_numpy(pca.components_).float().view(n_components, *shape)
-        variances = torch.from_numpy(pca.explained_variance_).float()
-        left = None
-        if residual:
-            explained = torch.einsum("k,k...->...", variances.double(), components.double().square())
-            left = (moments.variance() - explained).clamp_min(0) + moments.sigma2 / moments.n
-        return cls(torch.from_numpy(pca.mean_).view(shape), components, variances, left)
+        for batch in _batches(means, 5 * n_components, n_components):
+            if len(batch) > n_components:
+                pca.partial_fit(batch)
+        variance, n = moments.variance(), moments.n
+        if n <= n_components:
+            raise InputError(f"'n_components' is {n_components}, but there are {n} latents; give a smaller number.")
+        components, variances = (torch.from_numpy(part) for part in (pca.components_, pca.explained_variance_))
+        explained = (variances.double() @ components.double().square()).view_as(variance)
+        left = (variance - explained).clamp_min(0) + moments.sigma2 / n
+        return cls(moments.mean, components.view(-1, *variance.shape), variances, left if residual else None)
 
-    def _deviation(self, generator: torch.Generator) -> torch.Tensor:
+    def _deviation(self, generator: torch.Generator) -> Tensor:
         weights = self.variances.sqrt() * torch.randn(len(self.variances), generator=generator)
         deviation = torch.einsum("k,k...->...", weights, self.components)
         if self.residual is not None:
             deviation = deviation + self.residual.sqrt() * torch.randn(self.mean.shape, generator=generator)
         return deviation
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Mean, components, variances, and the residual where there is one."""
-        own = {"mean": self.mean, "components": self.components, "variances": self.variances}
-        return own if self.residual is None else {**own, "residual": self.residual}
 
-
-PRIORS = {kind.kind: kind for kind in (StandardPrior, GaussianPrior, LowRankPrior)}
+PRIORS = {prior.kind: prior for prior in (StandardPrior, GaussianPrior, LowRankPrior)}
 
 
 def fit_prior(
-    kind: str,
-    latents: Iterable[Posterior],
-    shape: Sequence[int],
-    n_components: int = 16,
-    residual: bool = False,
+    name: str, latents: Iterable[Posterior], shape: Sequence[int], n_components: int = 16, residual: bool = False
 ) -> Prior:
     """Fit a prior by its name.
 
     Args:
-        kind: `standard`, `gaussian` or `lowrank`.
-        latents: mu and logvar, (C, D, H, W) each; not read for `standard`.
-        shape: of the latent, for `standard`.
-        n_components: of `lowrank`.
-        residual: of `lowrank`.
+        name: `standard`, `gaussian` or `lowrank`.
+        latents: mu and logvar, (C, D, H, W) each, read once; not read for `standard`.
+        shape: of the latent, (C, D, H, W).
+        n_components, residual: of `lowrank`, see `LowRankPrior.fit`.
+
+    Returns:
+        The prior, with label "".
 
     Raises:
-        InputError: the name is another, or the latents are too few.
+        InputError: the name is another, or the latents are too few, of another shape, or not finite.
     """
-    if kind == "standard":
+    if name not in PRIORS:
+        raise InputError(f"'prior' is {name!r}; give one of {', '.join(PRIORS)}.")
+    if name == "standard":
         return StandardPrior(shape)
-    if kind == "gaussian":
-        return GaussianPrior.fit(latents)
-    if kind == "lowrank":
-        return LowRankPrior.fit(latents, n_components, residual)
-    raise InputError(f"'prior' is {kind!r}; give one of {', '.join(PRIORS)}.")
+    prior = GaussianPrior.fit(latents) if name == "gaussian" else LowRankPrior.fit(latents, n_components, residual)
+    if prior.shape != tuple(shape):
+        raise InputError(f"the latents are {prior.shape}, not {tuple(shape)}; encode the cohort with this network.")
+    return prior
 
 
 def load_prior(path: str | Path) -> Prior:
@@ -245,48 +211,48 @@ def load_prior(path: str | Path) -> Prior:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            kind = (file.metadata() or {}).get("prior", "")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return StandardPrior(tensors["mean"].shape) if kind == "standard" else PRIORS[kind](**tensors)
+        kind = metadata.get("prior", "")
+        prior: Prior = StandardPrior(tensors["mean"].shape) if kind == "standard" else PRIORS[kind](**tensors)
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{path} is missing, damaged or no prior ({error}); fit it again.") from error
+    prior.label = metadata.get("label", "")
+    return prior
 
 
-def interpolate(start: torch.Tensor, end: torch.Tensor, n_steps: int, kind: str = "linear") -> torch.Tensor:
+def interpolate(start: Tensor, end: Tensor, n_steps: int, kind: str = "linear") -> Tensor:
     """The way from one latent to another.
 
     Args:
-        start: (C, D, H, W).
-        end: the same shape.
+        start, end: (C, D, H, W) both.
         n_steps: latents in all, both ends included; 2 or more.
-        kind: `linear`, or `spherical`: along the great circle between the directions, the norm going over linearly, so
-            that a middle is as far from zero as its ends (Shoemake, Animating rotation with quaternion curves, 1985).
+        kind: `linear`, or `spherical`: along the great circle, the norm going over linearly, so that a middle is as
+            far from zero as its ends; straight where the ends are nearly parallel, opposite or zero.
 
     Returns:
-        (n_steps, C, D, H, W).
+        (n_steps, C, D, H, W) of the start's dtype; the first and last are the ends themselves.
 
     Raises:
-        InputError: `kind` or `n_steps` is another.
-        ValueError: the shapes differ.
+        InputError: `kind` or `n_steps` is another, or the shapes differ.
+
+    Source: Shoemake K., Animating Rotation with Quaternion Curves, SIGGRAPH 1985.
     """
     if start.shape != end.shape:
-        raise ValueError(f"start and end must have one shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 2:
-        raise InputError(f"'n_steps' is {n_steps!r}; give a whole number of 2 or more.")
+        raise InputError(f"the two latents are {tuple(start.shape)} and {tuple(end.shape)}; give two of one network.")
+    _check_whole("n_steps", n_steps, 2)
     if kind not in ("linear", "spherical"):
         raise InputError(f"'interpolation' is {kind!r}; give linear or spherical.")
     share = torch.linspace(0, 1, n_steps, dtype=torch.float64).view(-1, *[1] * start.ndim)
     first, last = start.double(), end.double()
-    cosine = float((first * last).sum() / (first.norm() * last.norm()).clamp_min(1e-30))
-    if kind == "linear" or abs(cosine) > PARALLEL:
-        path = (1 - share) * first + share * last
-    else:
-        angle = float(np.arccos(cosine))
-        norm = (1 - share) * first.norm() + share * last.norm()
-        direction = (
-            torch.sin((1 - share) * angle) * first / first.norm() + torch.sin(share * angle) * last / last.norm()
-        )
-        path = norm * direction / np.sin(angle)
+    lengths = first.norm(), last.norm()
+    cosine = float((first * last).sum() / (lengths[0] * lengths[1])) if min(lengths) > 0 else 1.0
+    weights = [1 - share, share]
+    if kind == "spherical" and abs(cosine) <= PARALLEL:
+        angle = math.acos(cosine)
+        norm = weights[0] * lengths[0] + weights[1] * lengths[1]
+        weights = [norm * torch.sin(w * angle) / math.sin(angle) / n for w, n in zip(weights, lengths, strict=True)]
+    path = weights[0] * first + weights[1] * last
     path[0], path[-1] = first, last
     return path.to(start.dtype)
 
@@ -298,22 +264,28 @@ class _Moments:
         self.n = 0
         self.mean = self.squares = self.sigma2 = torch.zeros((), dtype=torch.float64)
 
-    def add(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
+    def add(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        """Take in a posterior and give back mu; a tensor of another shape would be broadcast, hence refused."""
         self.n += 1
+        if mu.shape != logvar.shape or (self.n > 1 and mu.shape != self.mean.shape):
+            raise InputError(f"latent number {self.n} is of another shape than the first; encode the cohort anew.")
+        if not (mu.isfinite().all() and logvar.isfinite().all()):
+            raise InputError(f"latent number {self.n} has values that are not finite; encode that volume anew.")
         difference = mu.double() - self.mean
         self.mean = self.mean + difference / self.n
         self.squares = self.squares + difference * (mu.double() - self.mean)
         self.sigma2 = self.sigma2 + logvar.double().clamp(*LOGVAR_RANGE).exp()
+        return mu
 
-    def variance(self) -> torch.Tensor:
+    def variance(self) -> Tensor:
         if self.n < 2:
-            raise InputError(
-                f"a prior is fitted to two latents or more, and there are {self.n}; encode a cohort first."
-            )
+            raise InputError(f"a prior is fitted to two latents or more, there are {self.n}; encode a cohort first.")
         return self.squares / (self.n - 1)
 
-    def total_variance(self) -> torch.Tensor:
-        return self.variance() + self.sigma2 / self.n
+
+def _check_whole(key: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"'{key}' is {value!r}; give a whole number of {least} or more.")
 
 
 def _batches(rows: Iterator[np.ndarray], size: int, least: int) -> Iterator[np.ndarray]:

@@ -17,9 +17,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-JOBS = ["train", "evaluate", "inference"]
+JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 FIRST_KEYS = ["bundle_root", "dataset_dir", "output_dir", "device"]
-ORDER = ["imports", "bundle_root", "network_def", "network", "preprocessing", "cohort", "inferer", "initialize", "run"]
+ORDER = ["imports", "bundle_root", "network_def", "network", "preprocessing", "inferer", "initialize", "run"]
 SAME_BLOCKS = ["network_def", "memory_format", "preprocessing", "device", "spacing", "spatial_size", "channels_last"]
 SAME_IN_EVALUATION = ["cohort", "scans", "val_fraction", "test_fraction", "label", "checks"]
 RESUMED_FILES = ["model.pt", "model_final.pt"]
@@ -65,13 +65,13 @@ def test_blocks_stand_in_one_order(job: str) -> None:
 @pytest.mark.parametrize("key", SAME_BLOCKS)
 def test_a_block_is_the_same_in_every_config(key: str) -> None:
     """Written out in each config (macros across files break MONAI's tools), and equal."""
-    assert config("train")[key] == config("evaluate")[key] == config("inference")[key]
+    assert all(config(job)[key] == config("train")[key] for job in JOBS)
 
 
 @pytest.mark.parametrize("key", SAME_IN_EVALUATION)
-def test_training_and_evaluation_read_the_same_cohort(key: str) -> None:
-    """What decides about the split is the same in both."""
-    assert config("train")[key] == config("evaluate")[key]
+def test_training_evaluation_and_encoding_read_the_same_cohort(key: str) -> None:
+    """What decides about the split is the same in all."""
+    assert config("train")[key] == config("evaluate")[key] == config("encode")[key]
 
 
 @pytest.mark.parametrize(("job", "kind"), [("train", "train"), ("evaluate", "infer"), ("inference", "infer")])

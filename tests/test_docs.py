@@ -13,18 +13,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY_NETWORK, write_scan
+from conftest import ROOT, TINY_NETWORK, TINY_VAE, write_scan
 from monai.bundle import ConfigParser
 
 from scripts.cohort import read_cohort
 from scripts.cohort_forms import recognise
+from scripts.latents import read_header
 from scripts.preflight import DATA_CRITERIA, HEADER_CRITERIA
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-PAGES = ["cohort", "train", "evaluate", "inference", "network_and_loss"]
+PAGES = ["cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss"]
+JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 OVERLAYS = ["finetune", "recipe"]
 NOT_KEYS = {"config_file", "logging_file", "meta_file", "run_id"}  # arguments of `monai.bundle run` itself
@@ -72,7 +75,8 @@ def bundle_commands(page: str) -> list[list[str]]:
         words = shlex.split(line.replace("$BUNDLE", FOLDER))
         if "monai.bundle" in words:
             start = words.index("monai.bundle")
-            assert words[start - 2 : start + 2] == ["python", "-m", "monai.bundle", "run"], line
+            assert words[start - 1 : start + 2] == ["-m", "monai.bundle", "run"], line
+            assert words[start - 2] == "python" or "torchrun" in words, line
             commands.append(words[start + 2 :])
     return commands
 
@@ -132,7 +136,7 @@ def test_a_command_names_files_and_keys_that_exist(page: str, command: str, tmp_
     assert not unknown
 
 
-@pytest.mark.parametrize("job", ["train", "evaluate", "inference"])
+@pytest.mark.parametrize("job", JOBS)
 def test_the_table_of_keys_is_the_config(job: str) -> None:
     """Same keys, same order, same defaults, and a meaning for each."""
     table = rows(job, "| key | default | meaning |")
@@ -291,6 +295,51 @@ def test_inference_leaves_what_the_page_says(run_bundle: Run, trained: Path, tmp
     assert {path.name for path in (tmp_path / "out").iterdir()} == _named_files("inference")
     columns = [code(row[0]) for row in rows("inference", "| column | unit |")]
     assert columns == list(pd.read_csv(tmp_path / "out" / "summary.csv"))
+
+
+def test_encoding_and_decoding_leave_what_the_pages_say(run_bundle: Run, weights: Path, tmp_path: Path) -> None:
+    """The files of encode.md and decode.md for one scan, and the header's keys."""
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    tiny = ["--weights", str(weights), *TINY_NETWORK, "--device", "cpu"]
+    folders = tmp_path / "latents", tmp_path / "decoded"
+    for page, source, folder in (("encode", scan, folders[0]), ("decode", tmp_path / "latents", folders[1])):
+        given = options(bundle_commands(page)[0]) | {"dataset_dir": str(source), "output_dir": str(folder)}
+        run_bundle(*[word for key, value in given.items() for word in (f"--{key}", value)], *tiny)
+        assert {path.name for path in folder.iterdir()} == {n.replace("<name>", "scan") for n in _named_files(page)}
+    keys = {key for cell, _ in rows("encode", "| key | what it is |") for key in re.findall(r"`(\w+)`", cell)}
+    assert keys == set(read_header(folders[0] / "scan_latent.safetensors"))
+
+
+def test_sampling_leaves_what_the_page_says(
+    run_bundle: Run, encoded: Path, weights: Path, bids: Path, tmp_path: Path
+) -> None:
+    """The files of sample.md, with everything that can be asked for, and the figures of its table."""
+    given = options(bundle_commands("sample")[0]) | {"dataset_dir": str(encoded), "output_dir": str(tmp_path)}
+    given |= {"n_samples": "2", "n_components": "2", "compare_with": str(bids), "weights": str(weights)}
+    run_bundle(*[w for k, v in given.items() for w in (f"--{k}", v)], *TINY_NETWORK, "--device", "cpu")
+    second = {path.name for path in tmp_path.iterdir() if path.name.startswith("sample_0002")}
+    assert {path.name for path in tmp_path.iterdir()} - second == _named_files("sample")
+    names = {name for cell, _ in rows("sample", "| figure | meaning |") for name in re.findall(r"`(\w+)`", cell)}
+    assert names == set(json.loads((tmp_path / "figures.json").read_text())) - {"n_samples", "n_real"}
+
+
+def test_the_diffusion_page_runs(run_bundle: Run, encoded: Path, weights: Path, tmp_path: Path) -> None:
+    """Its Python and its commands, on tiny latents of a tiny network: a sample comes out as NIfTI."""
+    (program,) = blocks("diffusion", "python")
+    assert len(program.splitlines()) <= 40
+    for there, here in (
+        ("output/latents", str(encoded)), ("models/model.pt", str(weights)), ("output/diffusion", str(tmp_path)),
+        ("num_inference_steps=10", "num_inference_steps=2"),
+        ('parser.get_parsed_content("network_def")', "__import__('scripts.networks').networks.BrainVAE(**TINY_VAE)"),
+    ):  # fmt: skip
+        assert there in program
+        program = program.replace(there, here)
+    exec(program, {"TINY_VAE": TINY_VAE})  # the page's own text
+    assert nib.load(tmp_path / "sample.nii.gz").shape == (32, 36, 32)
+    (commands,) = blocks("diffusion", "bash")
+    for command in commands.replace("output/latents", str(encoded)).replace("output/", f"{tmp_path}/").splitlines():
+        subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, check=True, capture_output=True)
+    assert len(list((tmp_path / "imported").glob("*_latent.safetensors"))) == 8
 
 
 def test_a_job_runs_from_another_folder(trained: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import head
 
+from scripts.errors import InputError
 from scripts.prior_figures import VolumeSet, compare, nearest_among, nearest_neighbours, split_half
 
 
@@ -28,6 +29,16 @@ def real() -> VolumeSet:
     return volumes(8)
 
 
+def test_a_set_is_at_no_distance_from_itself(real: VolumeSet) -> None:
+    """The unbiased estimate is then below 0 by 2 (1 - mean kernel) / (n - 1), at most 2/7; shifted ones are above."""
+    itself = compare(real, real)
+    shifted = compare(volumes(8, brightness=0.7), real)
+    assert itself["histogram_distance"] == 0
+    assert -2 / 7 < itself["mmd"] <= 0
+    assert shifted["histogram_distance"] > 0.1
+    assert shifted["mmd"] > 0.2
+
+
 def test_other_heads_of_the_same_kind_are_near(real: VolumeSet) -> None:
     """As near as real ones are among themselves, and far nearer than noisy ones."""
     same = compare(volumes(8, first=20), real)
@@ -44,14 +55,17 @@ def test_the_histogram_distance_is_in_units_of_intensity(real: VolumeSet) -> Non
 
 
 def test_an_empty_set_of_foregrounds_has_no_distance(real: VolumeSet) -> None:
-    """NaN, not 0."""
-    assert math.isnan(compare(volumes(2, brightness=0.0), real)["histogram_distance"])
+    """NaN, not 0; also where it is one volume of several."""
+    empty = volumes(2, brightness=0.0)
+    assert math.isnan(compare(empty, real)["histogram_distance"])
+    empty.add("head", torch.from_numpy(head(0) / 1100.0))
+    assert math.isnan(compare(empty, real)["histogram_distance"])
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_one_volume_is_no_set(n: int, real: VolumeSet) -> None:
     """An unbiased estimate needs two."""
-    with pytest.raises(ValueError, match=f"got {n} samples"):
+    with pytest.raises(InputError, match=f"got {n} samples"):
         compare(volumes(n), real)
 
 
@@ -67,13 +81,72 @@ def test_features_are_the_means_of_the_whole_volume() -> None:
     assert (features >= 0).all() and features.sum() > 0
 
 
+def test_a_volume_gives_the_same_in_every_form() -> None:
+    """With leading axes, beyond [0, 1], and under autocast, whose half precision would show."""
+    made = VolumeSet(slice_step=8)
+    volume = torch.from_numpy(head(0) / 900.0).float()  # up to 1.2
+    made.add("bare", volume)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made.add("five axes", volume[None, None].clamp(0, 1))
+    assert torch.equal(made.features[0], made.features[1])
+    assert made.histograms[0].tolist() == made.histograms[1].tolist()
+    assert math.isclose(made.histograms[0].sum(), 1)
+
+
+@pytest.mark.parametrize(
+    ("volume", "message"),
+    [
+        (torch.zeros(30, 40, 40), "flat is 30 x 40 x 40"),
+        (torch.full((32, 32, 32), math.nan), "flat has voxels"),
+        (torch.zeros(2, 1, 32, 32, 32), r"flat must be .* got \(2, 1, 32, 32, 32\)"),
+        (torch.zeros(32, 32), "flat must be"),
+    ],
+    ids=["small", "nan", "batch", "slice"],
+)
+def test_a_volume_that_does_not_fit_is_refused(volume: torch.Tensor, message: str) -> None:
+    """With its name, and the set is as before."""
+    made = VolumeSet()
+    with pytest.raises(ValueError, match=message):  # an InputError is one
+        made.add("flat", volume)
+    assert (made.names, made.histograms, made.features) == ([], [], [])
+
+
+@pytest.mark.parametrize("slice_step", [0, 32])
+def test_a_step_past_the_smallest_volume_is_refused(slice_step: int) -> None:
+    """It would leave an axis without slices."""
+    with pytest.raises(ValueError, match="slice_step"):
+        VolumeSet(slice_step)
+
+
 def test_a_copy_is_found() -> None:
     """Distance 0 and its name; the others have the distance of independent noise, sqrt 2."""
     generator = torch.Generator().manual_seed(0)
     training = [(f"t{number}", torch.randn(4, 6, 6, 6, generator=generator)) for number in range(5)]
     new = ("new", torch.randn(4, 6, 6, 6, generator=generator))
-    rows = nearest_neighbours([("copy", training[3][1]), new], iter(training))
+    rows = nearest_neighbours(iter([("copy", training[3][1]), new]), iter(training))
     assert rows[0] == {"name": "copy", "nearest": "t3", "distance": 0.0}
     assert math.isclose(rows[1]["distance"], math.sqrt(2), rel_tol=0.1)
-    assert math.isclose(nearest_among(training), math.sqrt(2), rel_tol=0.1)
+    assert math.isclose(nearest_among(iter(training)), math.sqrt(2), rel_tol=0.1)
     assert math.isnan(nearest_among(training[:1]))
+
+
+def test_the_yardstick_is_the_median_of_the_nearest() -> None:
+    """Against all pairs one by one, with an offset in which float32's matrix product would drown the differences."""
+    means = 1000 + torch.randn(7, 2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    pairs = (means[:, None] - means[None]).square().flatten(2).mean(2).sqrt()
+    expected = float(np.median(pairs.fill_diagonal_(math.inf).min(1).values))
+    assert math.isclose(nearest_among([(str(i), mu) for i, mu in enumerate(means)]), expected, rel_tol=1e-4)
+
+
+def test_latents_without_a_comparable_neighbour_are_refused() -> None:
+    """An empty training set, a latent that is not finite, and another shape, with both names."""
+    z = torch.zeros(4, 2, 2, 2)
+    assert nearest_neighbours([], [("t", z)]) == []
+    with pytest.raises(InputError, match="new has no neighbour"):
+        nearest_neighbours([("new", z)], [])
+    with pytest.raises(InputError, match="new has no neighbour"):
+        nearest_neighbours([("new", z * math.nan)], [("t", z)])
+    with pytest.raises(InputError, match="of new and t are"):
+        nearest_neighbours([("new", z)], [("t", z[:1])])
+    with pytest.raises(InputError, match="differ in shape"):
+        nearest_among([("s", z), ("t", z[:1])])

@@ -145,8 +145,20 @@ class SampleFigures:
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator whose iteration gives `latent` and `pred` (`decode_iteration`)."""
+        engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._volumes)
         engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _start(self, engine: Engine) -> None:
+        """Check before the first sample is decoded that there will be figures."""
+        n_samples = len(engine.state.dataloader.dataset)
+        if min(n_samples, len(self.real)) < 2:
+            raise InputError(
+                f"'compare_with' compares two sets: {n_samples} samples and {len(self.real)} real scans are too few; "
+                "give two or more of each."
+            )
+        if self.folder and next(self._training(), None) is None:
+            raise InputError(f"{self.folder} has no latents in the split '{self.split}'; give another 'split'.")
 
     def _volumes(self, engine: Engine) -> None:
         for record, output in zip(engine.state.batch, engine.state.output, strict=True):

@@ -60,6 +60,17 @@ def test_a_killed_encoding_ends_as_if_it_had_not_been(
     assert contents(output) == contents(encoded)
 
 
+def test_two_runs_into_one_folder_do_not_meet(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
+    """Started at once, without torchrun: both end well, and the folder is that of one run."""
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
+    command += encoding(bids, tmp_path / "latents", weights, "--label", "group")
+    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    for run in runs:
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+    assert contents(tmp_path / "latents") == contents(encoded)
+
+
 def test_two_processes_give_what_one_does(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
     """torchrun with two ranks, on a folder that a dead rank has left with three volumes missing."""
     output = tmp_path / "latents"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_latents import HEADER
 
 from scripts.latent_statistics import LatentStatistics
+from scripts.latent_writer import finish_folder
+from scripts.latents import latent_path, read_manifest, write_latent
 
 CASES = {  # volumes, shape, type
     "one volume": (1, (4, 2, 3, 2), torch.float32),
@@ -100,3 +105,26 @@ def test_memory_does_not_grow() -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.05 * peaks[0] + 10_000
+
+
+@pytest.mark.parametrize("n", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_large_folder_is_finished_in_flat_memory_and_linear_time(n: int, tmp_path: Path) -> None:
+    """A folder of n files beside one of n / 4: a file costs at most 1.5 times as much; memory grows by the list of
+    paths alone (about 600 bytes each), not by their content."""
+    seconds, peaks = [], []
+    for count in (n // 4, n):
+        folder = tmp_path / str(count)
+        for number in range(count):
+            mu = torch.full((4, 1, 2, 1), float(number))
+            name = f"sub-{number:05d}"
+            path = latent_path(folder, name, shards=16)
+            write_latent(path, mu, -mu / n, {**HEADER, "name": name, "weights_sha256": "w"})
+        tracemalloc.start()
+        start = time.process_time()
+        finish_folder(folder, {"weights_sha256": "w"})
+        seconds.append((time.process_time() - start) / count)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert seconds[1] < 1.5 * seconds[0]
+    assert peaks[1] < peaks[0] + 600 * n
+    assert sum(1 for _ in read_manifest(tmp_path / str(n))) == n

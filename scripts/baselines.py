@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from scipy.fft import dctn, idctn
 
 from scripts.errors import InputError
+from scripts.files import replacing
 
 __all__ = ["BASELINES", "DCT", "Baseline", "PatchPCA", "Trilinear", "latent_budget"]
 
@@ -172,14 +173,8 @@ class PatchPCA(Baseline):
             "components": self.components,
             "explained": torch.tensor([self.explained], dtype=torch.float64),
         }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt", "code": self.name})
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PatchPCA:

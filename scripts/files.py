@@ -15,7 +15,7 @@ __all__ = ["remove_unfinished", "replacing"]
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to, and rename it to `path` if the block ends without an error.
 
     The temporary name keeps the ending, because nibabel and matplotlib choose the format by it; it begins with a dot,

@@ -26,6 +26,7 @@ from nibabel.spatialimages import SpatialImage
 from tqdm import tqdm
 
 from scripts.errors import InputError
+from scripts.files import replacing
 
 __all__ = ["DATA_CRITERIA", "HEADER_CRITERIA", "check_cohort", "check_scan"]
 
@@ -289,11 +290,6 @@ def _read_cache(path: Path) -> dict[str, list[int]]:
 
 
 def _write_cache(path: Path, passed: Mapping[str, list[int]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    # Where it cannot be written, read-only or full, the next run checks again.
+    with suppress(InputError, OSError), replacing(path) as temporary:
         temporary.write_text(json.dumps({"version": CRITERIA_VERSION, "passed": passed}), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:  # read-only or full: the next run checks again
-        with suppress(OSError):
-            temporary.unlink()

@@ -76,7 +76,8 @@ class DecodedWriter:
             path, header = record.get("file", ""), _header(record)
             if self.space == "source" and SourceGrid.of_header(header) is None:
                 raise InputError(f"{path or record['name']} does not know its source scan; set 'space' to 'model'.")
-            if weights_sha256 and header.get("weights_sha256", weights_sha256) != weights_sha256:
+            encoder_sha256 = header.get("weights_sha256")  # not known where the latent is from elsewhere
+            if weights_sha256 and encoder_sha256 and encoder_sha256 != weights_sha256:
                 raise InputError(
                     f"{path} was encoded with other weights than {self.weights}; give those as 'weights', or set "
                     "'check_weights' to False if only the decoder was trained on."

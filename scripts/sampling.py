@@ -84,7 +84,9 @@ def sample_records(n_samples: int) -> list[dict[str, Any]]:
     return [{"name": f"sample_{index + 1:04d}", "index": index} for index in range(n_samples)]
 
 
-def interpolation_records(folder: str, names: Sequence[str], n_steps: int, kind: str) -> list[dict[str, Any]]:
+def interpolation_records(
+    folder: str, names: Sequence[str], n_steps: int, kind: str, weights: str, shape: Sequence[int]
+) -> list[dict[str, Any]]:
     """Records of the way between two volumes: name and latent.
 
     Args:
@@ -92,12 +94,15 @@ def interpolation_records(folder: str, names: Sequence[str], n_steps: int, kind:
         names: of the two volumes, as in the manifest.
         n_steps: volumes in all, both ends included.
         kind: `linear` or `spherical`.
+        weights: the decoder's weights file; the latents must be of the same.
+        shape: of the latent, (C, D, H, W).
 
     Raises:
-        InputError: not two names, or one that the folder has not.
+        InputError: not two names, one that the folder has not, or latents of other weights or another shape.
     """
     if isinstance(names, str) or len(names) != 2:
         raise InputError(f"'between' is {names!r}; give the names of two volumes of the folder.")
+    _check_folder(folder, weights, shape)
     files = {entry["name"]: entry["file"] for entry in read_manifest(folder)}
     for name in names:
         if name not in files:
@@ -191,7 +196,8 @@ class SampleFigures:
 
 def _check_folder(folder: str, weights: str, shape: Sequence[int]) -> None:
     statistics = read_statistics(folder)
-    if statistics["weights_sha256"] != file_sha256(weights):
+    # Latents that were imported from elsewhere do not know their weights.
+    if statistics["weights_sha256"] not in ("", file_sha256(weights)):
         raise InputError(f"{folder} was encoded with other weights than {weights}; encode the cohort with these.")
     if list(statistics["shape"]) != list(shape):
         raise InputError(f"{folder} holds latents of {statistics['shape']}, the network decodes {list(shape)}.")

@@ -18,7 +18,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY_JOB, encoding, make_weights, write_scan
 
+from scripts.latent_exchange import import_folder
 from scripts.latents import ENDING, read_latent, read_statistics
+from scripts.original_latents import write_original
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -156,3 +158,14 @@ def test_latents_of_other_weights_are_not_decoded(encoded: Path, run_bundle: Run
     )  # fmt: skip
     assert done.returncode == 2 and "encoded with other weights" in done.stderr
     assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_latents_from_elsewhere_are_decoded_to_model_space(weights: Path, run_bundle: Run, tmp_path: Path) -> None:
+    """The original system's pickles, imported: they know neither weights nor scan."""
+    write_original(tmp_path / "pickles" / "x.pkl", torch.zeros(4, 8, 9, 8), torch.zeros(4, 8, 9, 8), 1)
+    import_folder(str(tmp_path / "pickles"), str(tmp_path / "latents"))
+    run_bundle(
+        "--config_file", "configs/decode.json", "--dataset_dir", str(tmp_path / "latents"),
+        "--output_dir", str(tmp_path / "out"), "--weights", str(weights), *TINY_JOB,
+    )  # fmt: skip
+    assert nib.load(tmp_path / "out" / "x_decoded.nii.gz").shape == (32, 36, 32)

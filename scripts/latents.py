@@ -180,23 +180,17 @@ def read_manifest(folder: str | Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def read_manifest_latents(
-    folder: str | Path, split: str = "all", label: str = ""
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The posteriors of a folder, one at a time, for what is fitted to them.
+def read_manifest_latents(folder: str | Path, split: str = "all", label: str = "") -> Iterator[Latent]:
+    """The latents of a folder, one at a time.
 
     Args:
         folder: a finished folder of latents.
         split: `train`, `val`, `test` or `all`.
         label: only volumes of this label; "" for every volume.
-
-    Yields:
-        mu and logvar, (C, D, H, W) float32.
     """
     for entry in read_manifest(folder):
         if split in ("all", entry["split"]) and label in ("", entry["label"]):
-            latent = read_latent(Path(folder) / entry["file"])
-            yield latent.mu.float(), latent.logvar.float()
+            yield read_latent(Path(folder) / entry["file"])
 
 
 def read_statistics(path: str | Path) -> dict[str, Any]:

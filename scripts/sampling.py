@@ -67,10 +67,10 @@ def fit_to_folder(
     if n_found < 2:
         about = f"split '{split}'" + (f" with label '{label_value}'" if label_value else "")
         raise InputError(f"{folder} has {n_found} latents in {about}; a prior needs at least two.")
-    bar = tqdm(
-        read_manifest_latents(folder, split, label_value), "fitting the prior", n_found, disable=None, leave=False
-    )
-    return fit_prior(kind, bar, shape, n_components, residual)
+    latents = read_manifest_latents(folder, split, label_value)
+    bar = tqdm(latents, "fitting the prior", n_found, disable=None, leave=False)
+    posteriors = ((latent.mu.float(), latent.logvar.float()) for latent in bar)
+    return fit_prior(kind, posteriors, shape, n_components, residual)
 
 
 def sample_records(n_samples: int) -> list[dict[str, Any]]:
@@ -189,9 +189,8 @@ class SampleFigures:
         print("\n".join(f"{key:<24}{value:.5g}" for key, value in figures.items()), flush=True)
 
     def _training(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for entry in read_manifest(self.folder):
-            if self.split in ("all", entry["split"]):
-                yield entry["name"], read_latent(Path(self.folder) / entry["file"]).mu.float()
+        for latent in read_manifest_latents(self.folder, self.split):
+            yield latent.header["name"], latent.mu.float()
 
 
 def _check_folder(folder: str, weights: str, shape: Sequence[int]) -> None:

@@ -17,11 +17,12 @@ from ignite.engine import Engine, Events
 from monai.transforms import Compose
 
 from scripts.errors import InputError
+from scripts.files import file_sha256
 from scripts.latents import ENDING, read_header
 from scripts.picture_strips import volume_strip
 from scripts.pictures import mosaic, save_png, to_ras
 from scripts.source_grid import SourceGrid
-from scripts.writers import file_sha256, write_nifti
+from scripts.writers import write_nifti
 
 __all__ = ["DecodedWriter", "model_space_image"]
 
@@ -38,7 +39,7 @@ class DecodedWriter:
         spacing: of model space in mm.
         weights: the weights file that decodes; latents of other weights are refused. "" for no such check.
         space: `source` (the scan's own grid and unit), `model`, or `auto`: source where the latent knows it.
-        strip: file name of the strip; "" for none.
+        strip: file name of the strip.
 
     Raises:
         InputError: `space` is another.
@@ -102,11 +103,9 @@ class DecodedWriter:
             self.n_written += 1
 
     def _finish(self, engine: Engine) -> None:
-        if self.strip:
-            figure = volume_strip(list(self.shown.values()), list(self.shown), (self.spacing,) * 3)
-            save_png(figure, self.output_dir / self.strip)
-        also = f" and {self.strip}" if self.strip else ""
-        print(f"\n{self.n_written} decoded: NIfTI and PNG{also} are in {self.output_dir}", flush=True)
+        figure = volume_strip(list(self.shown.values()), list(self.shown), (self.spacing,) * 3)
+        save_png(figure, self.output_dir / self.strip)
+        print(f"\n{self.n_written} decoded: NIfTI and PNG and {self.strip} are in {self.output_dir}", flush=True)
 
 
 def model_space_image(shape: Sequence[int], spacing: float, grid: SourceGrid | None = None) -> nib.Nifti1Image:
@@ -117,11 +116,12 @@ def model_space_image(shape: Sequence[int], spacing: float, grid: SourceGrid | N
         spacing: voxel size in mm.
         grid: the latent's source, where it is known.
     """
-    affine = np.diag([spacing] * 3 + [1.0])
-    affine[:3, 3] = [-spacing * (side - 1) / 2 for side in shape]
+    if grid is None:
+        affine = np.diag([spacing] * 3 + [1.0])
+        affine[:3, 3] = [-spacing * (side - 1) / 2 for side in shape]
+    else:
+        affine = np.array(grid.model_affine)
     image = nib.Nifti1Image(np.broadcast_to(np.zeros((), np.uint8), tuple(shape)), affine)
-    if grid is not None:
-        image = nib.Nifti1Image(image.dataobj, np.array(grid.model_affine))
     image.header.set_xyzt_units("mm", "sec")
     return image
 

@@ -1,7 +1,8 @@
-"""Files that are either whole or absent: everything the bundle writes goes through `replacing`."""
+"""Files that are either whole or absent: everything the bundle writes goes through `replacing`. And their sha256."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from scripts.errors import InputError
 
-__all__ = ["remove_unfinished", "replacing"]
+__all__ = ["file_sha256", "remove_unfinished", "replacing"]
 
 
 @contextmanager
@@ -55,6 +56,18 @@ def remove_unfinished(folder: str | Path) -> None:
         match = pattern.fullmatch(path.name)
         if match and not _is_running(int(match.group(1))):
             path.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, in hex; InputError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    return digest.hexdigest()
 
 
 def _machine() -> str:

@@ -9,7 +9,6 @@ statistics of the whole cohort. `FirstStage` is the other half: it gives MONAI's
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from monai.transforms import MapTransform
 from torch import nn
 
 from scripts.errors import InputError
+from scripts.files import file_sha256
 from scripts.latent_scaling import LatentScaling
-from scripts.latents import read_latent, read_manifest, read_statistics
+from scripts.latents import RECORD_KEYS, read_latent, read_manifest, read_statistics
 
 __all__ = ["DrawLatentd", "FirstStage", "LatentDataset", "latent_datalist"]
 
@@ -50,10 +50,9 @@ def latent_datalist(folder: str | Path, split: str = "all", check_hashes: bool =
         path = Path(folder) / entry["file"]
         if not path.is_file():
             raise InputError(f"{path} is in the manifest but does not exist; run encode.json again.")
-        if check_hashes and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+        if check_hashes and file_sha256(path) != entry["sha256"]:
             raise InputError(f"{path} is not the file of the manifest (its sha256 differs); run encode.json again.")
-        record = {key: entry[key] for key in ("name", "subject", "session", "label", "split")}
-        chosen.append({"latent": str(path), **record})
+        chosen.append({"latent": str(path), **{key: entry[key] for key in RECORD_KEYS}})
     if not chosen:
         raise InputError(f"{folder} has no latents in the split {split!r}; give train, val, test or all.")
     return chosen

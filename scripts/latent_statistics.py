@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["ActiveUnits", "LatentStatistics", "kl_per_value"]
+__all__ = ["LOGVAR_RANGE", "ActiveUnits", "LatentStatistics", "RunningMoments", "kl_per_value"]
 
-LOGVAR_RANGE = (-30.0, 20.0)
+LOGVAR_RANGE = (-30.0, 20.0)  # the network's own clamp, see scripts.networks.BrainVAE
 
 
 def kl_per_value(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -41,17 +41,21 @@ def kl_per_value(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mu.square() + torch.expm1(logvar) - logvar).flatten(1).mean(1)
 
 
-class ActiveUnits:
-    """Share of the latent's channel-positions whose mu varies across a set of volumes (Burda et al. 2016).
+class RunningMoments:
+    """Mean and variance at every position of a latent, over a set of volumes of which one is in memory at a time.
 
-    Running mean and sum of squares (Welford; batches and other processes' shares merged after Chan et al. 1983), two
-    float64 latents on the CPU however many volumes there are.
+    Welford; batches and other processes' shares merged after Chan et al. 1983. Two float64 latents on the CPU.
+
+    Attributes:
+        n: number of volumes.
+        mean: their mean, (C, D/4, H/4, W/4).
+        squares: their sum of squared deviations from it, the same shape.
     """
 
     def __init__(self) -> None:
         self.n = 0
-        self._mean = torch.zeros(0, dtype=torch.float64)
-        self._squares = torch.zeros(0, dtype=torch.float64)
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.squares = torch.zeros(0, dtype=torch.float64)
 
     def update(self, mu: torch.Tensor) -> None:
         """Add a batch.
@@ -62,33 +66,33 @@ class ActiveUnits:
         batch = mu.detach().as_subclass(torch.Tensor).double().cpu()
         self._add(len(batch), batch.mean(0), (batch - batch.mean(0)).square().sum(0))
 
-    def merge(self, other: ActiveUnits) -> None:
+    def merge(self, other: RunningMoments) -> None:
         """Add what another instance has seen, such as another process's share of the set."""
         if other.n:
-            self._add(other.n, other._mean, other._squares)
-
-    def share(self, threshold: float = 0.01) -> float:
-        """Share in [0, 1] of positions with a sample variance above `threshold`; nan for fewer than two volumes."""
-        if self.n < 2:
-            return math.nan
-        return float((self._squares / (self.n - 1) > threshold).double().mean())
-
-    def moments(self) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Number of volumes, and their mean and sum of squared deviations at every position, float64 (C, ...)."""
-        return self.n, self._mean, self._squares
+            self._add(other.n, other.mean, other.squares)
 
     def _add(self, n: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
         if n == 0:
             return
         if self.n == 0:
-            self.n, self._mean, self._squares = n, mean, squares
+            self.n, self.mean, self.squares = n, mean, squares
             return
-        if mean.shape != self._mean.shape:
-            raise ValueError(f"latents of {tuple(self._mean.shape)} and of {tuple(mean.shape)} cannot be compared.")
-        difference, total = mean - self._mean, self.n + n
-        self._squares = self._squares + squares + difference.square() * (self.n * n / total)
-        self._mean = self._mean + difference * (n / total)
+        if mean.shape != self.mean.shape:
+            raise ValueError(f"latents of {tuple(self.mean.shape)} and of {tuple(mean.shape)} cannot be compared.")
+        difference, total = mean - self.mean, self.n + n
+        self.squares = self.squares + squares + difference.square() * (self.n * n / total)
+        self.mean = self.mean + difference * (n / total)
         self.n = total
+
+
+class ActiveUnits(RunningMoments):
+    """Share of the latent's channel-positions whose mu varies across a set of volumes (Burda et al. 2016)."""
+
+    def share(self, threshold: float = 0.01) -> float:
+        """Share in [0, 1] of positions with a sample variance above `threshold`; nan for fewer than two volumes."""
+        if self.n < 2:
+            return math.nan
+        return float((self.squares / (self.n - 1) > threshold).double().mean())
 
 
 class LatentStatistics:
@@ -120,7 +124,7 @@ class LatentStatistics:
         """
         if self._positions.n == 0:
             raise ValueError("no latent was added.")
-        n, means, squares = self._positions.moments()
+        n, means, squares = self._positions.n, self._positions.mean, self._positions.squares
         mean, variance = _per_channel(means.flatten(1), squares.flatten(1) / n)
         sigma2 = self._sigma2 / n
         result: dict[str, Any] = {"n": n, "shape": list(means.shape)}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from scripts.datasets import transforms_hash
 from scripts.distributed import share_of_rank, wait_for_all
 from scripts.errors import InputError
-from scripts.files import remove_unfinished, replacing
+from scripts.files import file_sha256, remove_unfinished, replacing
 from scripts.latent_statistics import LatentStatistics
 from scripts.latents import (
     DTYPES,
@@ -41,7 +41,6 @@ from scripts.latents import (
     write_latent,
 )
 from scripts.source_grid import SourceGrid
-from scripts.writers import file_sha256
 
 __all__ = ["LatentWriter", "bundle_version", "encoding_settings", "finish_folder", "scans_to_encode"]
 
@@ -82,29 +81,29 @@ def scans_to_encode(
     Raises:
         InputError: the folder holds latents that this run may not replace.
     """
-    folder, names = Path(output_dir), {scan["name"]: scan for scan in scans}
-    found: dict[str, Path] = {}
-    stale: dict[str, str] = {}
+    folder, names, share = Path(output_dir), {scan["name"] for scan in scans}, share_of_rank(scans)
+    sources = {scan["name"]: scan["image"] for scan in share}  # each process hashes its own
+    done, stale = set(), False
     for path in tqdm(latent_files(folder), desc="latents there already", disable=None, leave=False):
         header = read_header(path)
         name = path.name.removesuffix(ENDING)
-        found[name] = path
         changed = [text for key, text in SETTINGS.items() if header.get(key) != settings[key]]
-        if name in names:
-            if path != latent_path(folder, name, shards):
-                raise InputError(f"{path} was written with another 'shards'; use that number, or another output_dir.")
-            changed += [] if header["source_sha256"] == file_sha256(names[name]["image"]) else ["scan"]
+        if name in names and path != latent_path(folder, name, shards):
+            raise InputError(f"{path} was written with another 'shards'; use that number, or another output_dir.")
+        if name in sources and header["source_sha256"] != file_sha256(sources[name]):
+            changed.append("scan")
         if changed and not (overwrite and name in names):
             remedy = "add --overwrite True or give" if name in names else "it is not of this cohort: give"
             raise InputError(
                 f"{path} was made with another {' and another '.join(changed)}; {remedy} another output_dir."
             )
-        if changed:
-            stale[name] = " ".join(changed)
+        stale = stale or bool(changed)
+        if not changed:
+            done.add(name)
     if stale:
         for name in (MANIFEST, STATISTICS):  # they speak of files that are about to change
             (folder / name).unlink(missing_ok=True)
-    return [scan for scan in share_of_rank(scans) if scan["name"] not in found or scan["name"] in stale]
+    return [scan for scan in share if scan["name"] not in done]
 
 
 class LatentWriter:
@@ -185,7 +184,7 @@ def finish_folder(folder: str | Path, settings: Mapping[str, str]) -> None:
             if any(latent.header.get(key) != value for key, value in settings.items()):
                 raise InputError(f"{path} was made with other settings than the rest of the folder; delete it.")
             statistics.update(latent.mu, latent.logvar)
-            manifest.write(json.dumps(manifest_entry(folder, path)) + "\n")
+            manifest.write(json.dumps(manifest_entry(folder, path, latent.header)) + "\n")
     result = {**statistics.result(), **settings, "bundle_version": bundle_version()}
     with replacing(folder / STATISTICS) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")

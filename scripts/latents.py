@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from scripts.errors import InputError
-from scripts.files import replacing
+from scripts.files import file_sha256, replacing
 
 __all__ = [
     "DTYPES",
@@ -152,11 +152,10 @@ def read_latent(path: str | Path) -> Latent:
         raise InputError(f"{path} is damaged ({error}); delete it and encode again.") from error
 
 
-def manifest_entry(folder: Path, path: Path) -> dict[str, Any]:
+def manifest_entry(folder: Path, path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's line of one file: where it is, its sha256 and size, its record and its source."""
-    header, content = read_header(path), path.read_bytes()
-    entry = {"file": path.relative_to(folder).as_posix(), "sha256": hashlib.sha256(content).hexdigest()}
-    return {**entry, "bytes": len(content), **{key: header[key] for key in (*RECORD_KEYS, "source_file")}}
+    entry = {"file": path.relative_to(folder).as_posix(), "sha256": file_sha256(path), "bytes": path.stat().st_size}
+    return {**entry, **{key: header[key] for key in (*RECORD_KEYS, "source_file")}}
 
 
 def read_manifest(folder: str | Path) -> Iterator[dict[str, Any]]:

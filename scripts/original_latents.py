@@ -22,11 +22,11 @@ import torch
 
 from scripts.errors import InputError
 from scripts.files import replacing
+from scripts.latent_statistics import LOGVAR_RANGE
 
 __all__ = ["convert_from_original", "read_original", "write_original"]
 
 SUFFIXES = (".pkl", ".pickle")
-LOGVAR_RANGE = (-30.0, 20.0)  # the network's own clamp, see scripts.networks.BrainVAE
 MOST_VALUES = 10**9  # a hundred times more than any latent
 ZIP_MAGIC = b"PK\x03\x04"  # what torch.save writes since version 1.6
 OLD_TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the several pickles that older ones write

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from scripts.errors import InputError
 from scripts.files import replacing
+from scripts.latent_statistics import LOGVAR_RANGE, RunningMoments
 
 __all__ = ["GaussianPrior", "LowRankPrior", "Prior", "StandardPrior", "fit_prior", "interpolate", "load_prior"]
 
-LOGVAR_RANGE = (-30.0, 20.0)
 PARALLEL = 1 - 1e-6  # cosine beyond which the great circle is a point or not unique
 Posterior = tuple[Tensor, Tensor]
 
@@ -257,23 +257,21 @@ def interpolate(start: Tensor, end: Tensor, n_steps: int, kind: str = "linear") 
     return path.to(start.dtype)
 
 
-class _Moments:
-    """Running mean and variance of mu at every value (Welford), and the sum of sigma squared; float64."""
+class _Moments(RunningMoments):
+    """Moments of checked posteriors: those of mu, and the sum of sigma squared; float64."""
 
     def __init__(self) -> None:
-        self.n = 0
-        self.mean = self.squares = self.sigma2 = torch.zeros((), dtype=torch.float64)
+        super().__init__()
+        self.sigma2 = torch.zeros((), dtype=torch.float64)
 
     def add(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        """Take in a posterior and give back mu; a tensor of another shape would be broadcast, hence refused."""
-        self.n += 1
-        if mu.shape != logvar.shape or (self.n > 1 and mu.shape != self.mean.shape):
-            raise InputError(f"latent number {self.n} is of another shape than the first; encode the cohort anew.")
+        """Take in a posterior and give back mu."""
+        number = self.n + 1
+        if mu.shape != logvar.shape or (self.n and mu.shape != self.mean.shape):
+            raise InputError(f"latent number {number} is of another shape than the first; encode the cohort anew.")
         if not (mu.isfinite().all() and logvar.isfinite().all()):
-            raise InputError(f"latent number {self.n} has values that are not finite; encode that volume anew.")
-        difference = mu.double() - self.mean
-        self.mean = self.mean + difference / self.n
-        self.squares = self.squares + difference * (mu.double() - self.mean)
+            raise InputError(f"latent number {number} has values that are not finite; encode that volume anew.")
+        self.update(mu[None])
         self.sigma2 = self.sigma2 + logvar.double().clamp(*LOGVAR_RANGE).exp()
         return mu
 

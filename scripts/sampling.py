@@ -21,11 +21,10 @@ from monai.transforms import MapTransform
 from tqdm import tqdm
 
 from scripts.errors import InputError
-from scripts.files import replacing
+from scripts.files import file_sha256, replacing
 from scripts.latents import read_latent, read_manifest, read_manifest_latents, read_statistics
 from scripts.prior_figures import VolumeSet, compare, nearest_among, nearest_neighbours, split_half
 from scripts.priors import Prior, fit_prior, interpolate
-from scripts.writers import file_sha256
 
 __all__ = ["DrawPriord", "SampleFigures", "fit_to_folder", "interpolation_records", "sample_records"]
 

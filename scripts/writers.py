@@ -6,7 +6,6 @@ postprocessing: MONAI Label and the Deploy SDK run `postprocessing` themselves a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,14 +22,13 @@ from monai.transforms import Compose
 from tqdm import tqdm
 
 from scripts.baselines import Baseline
-from scripts.errors import InputError
-from scripts.files import replacing
+from scripts.files import file_sha256, replacing
 from scripts.latent_statistics import ActiveUnits, kl_per_value
 from scripts.metrics import format_table, reconstruction_metrics, summarise
 from scripts.pictures import recon_panel, save_png, to_ras
 from scripts.transforms import FACTOR_KEY, count_outside, outside_model_space
 
-__all__ = ["EvaluationWriter", "ReconstructionWriter", "file_sha256", "write_nifti"]
+__all__ = ["EvaluationWriter", "ReconstructionWriter", "write_nifti"]
 
 RECORD_COLUMNS = ("name", "subject", "session", "label", "split")
 
@@ -220,18 +218,6 @@ def write_nifti(volume: np.ndarray, source: nib.spatialimages.SpatialImage, path
     image.header.set_xyzt_units(*units)
     with replacing(path) as temporary:
         nib.save(image, temporary)
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file, in hex; InputError where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
-    return digest.hexdigest()
 
 
 def _plain(volume: torch.Tensor) -> torch.Tensor:

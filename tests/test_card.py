@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from scripts.files import file_sha256
 from scripts.metrics import format_table
-from scripts.writers import file_sha256
 
 EVALUATIONS = sorted((ROOT / "docs" / "evaluation").glob("*.json"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from scripts.errors import InputError
-from scripts.files import remove_unfinished, replacing
+from scripts.files import file_sha256, remove_unfinished, replacing
 
 DIES = (
     "import os, signal\nfrom scripts.files import replacing\n"
@@ -60,3 +61,11 @@ def test_only_what_the_dead_have_left_is_removed(tmp_path: Path) -> None:
     remove_unfinished(tmp_path)
     assert not left.exists()
     assert all(path.exists() for path in others)
+
+
+def test_file_sha256(tmp_path: Path) -> None:
+    """In hex; a missing file is named."""
+    (tmp_path / "w.pt").write_bytes(b"x" * 3_000_000)
+    assert file_sha256(tmp_path / "w.pt") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    with pytest.raises(InputError, match="none.pt cannot be read"):
+        file_sha256(tmp_path / "none.pt")

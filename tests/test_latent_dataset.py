@@ -21,7 +21,7 @@ from scripts.errors import InputError
 from scripts.latent_dataset import FirstStage, LatentDataset, latent_datalist
 from scripts.latent_scaling import LatentScaling, padded_shape
 from scripts.latent_statistics import LatentStatistics
-from scripts.latents import latent_path, manifest_entry, read_latent, write_latent
+from scripts.latents import latent_path, manifest_entry, read_header, read_latent, write_latent
 from scripts.networks import BrainVAE
 
 SHAPE = (4, 4, 6, 4)  # its middle side halves only once, like 34
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = latent_path(root, f"sub-{number}")
         write_latent(path, mu, logvar, {**HEADER, "name": f"sub-{number}", "split": split, "label": str(number % 2)})
         statistics.update(mu, logvar)
-        entries.append(manifest_entry(root, path))
+        entries.append(manifest_entry(root, path, read_header(path)))
     (root / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     (root / "latent_stats.json").write_text(json.dumps(statistics.result()))
     return root

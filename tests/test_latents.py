@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
     for seed, (name, split) in enumerate([("a", "train"), ("b", "val"), ("c", "train")]):
         path = latent_path(tmp_path, name)
         write_latent(path, *some_latent(seed), {**HEADER, "name": name, "split": split, "label": name})
-        entries.append(manifest_entry(tmp_path, path))
+        entries.append(manifest_entry(tmp_path, path, read_header(path)))
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return tmp_path
 

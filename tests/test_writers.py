@@ -22,9 +22,8 @@ from torch import nn
 
 from scripts.baselines import DCT, PatchPCA, Trilinear
 from scripts.engines import AutocastInferer, posterior_iteration, prepare_batch
-from scripts.errors import InputError
 from scripts.transforms import ScaleByPercentiled, ToModelSpaced
-from scripts.writers import EvaluationWriter, ReconstructionWriter, file_sha256, write_nifti
+from scripts.writers import EvaluationWriter, ReconstructionWriter, write_nifti
 
 CPU = torch.device("cpu")
 SIZE = (48, 48, 48)  # at 4 mm: 192 mm
@@ -150,14 +149,6 @@ def test_freesurfer_source(tmp_path):
     np.testing.assert_allclose(out.affine, affine, atol=1e-5)
     assert (out.header["sform_code"], out.header["qform_code"]) == (1, 1)
     assert out.header.get_xyzt_units() == ("mm", "sec")
-
-
-def test_file_sha256(tmp_path):
-    """In hex; a missing file is named."""
-    (tmp_path / "w.pt").write_bytes(b"x" * 3_000_000)
-    assert file_sha256(tmp_path / "w.pt") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
-    with pytest.raises(InputError, match="none.pt cannot be read"):
-        file_sha256(tmp_path / "none.pt")
 
 
 def reconstruct(

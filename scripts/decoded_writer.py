@@ -18,6 +18,7 @@ from monai.transforms import Compose
 
 from scripts.errors import InputError
 from scripts.files import file_sha256
+from scripts.job_reports import FILE_NAME, decoding_report
 from scripts.latents import ENDING, read_header
 from scripts.picture_strips import volume_strip
 from scripts.pictures import mosaic, save_png, to_ras
@@ -31,7 +32,7 @@ MOST_IN_A_STRIP = 16
 
 
 class DecodedWriter:
-    """`<name>_decoded.nii.gz` and `<name>_decoded.png` a latent, and one strip of the first sixteen.
+    """`<name>_decoded.nii.gz` and `<name>_decoded.png` a latent; one strip of the first sixteen, and the report.
 
     Args:
         output_dir: where to write.
@@ -105,7 +106,10 @@ class DecodedWriter:
     def _finish(self, engine: Engine) -> None:
         figure = volume_strip(list(self.shown.values()), list(self.shown), (self.spacing,) * 3)
         save_png(figure, self.output_dir / self.strip)
-        print(f"\n{self.n_written} decoded: NIfTI and PNG and {self.strip} are in {self.output_dir}", flush=True)
+        figures = engine.state.metrics  # of `SampleFigures`, where it is attached before
+        decoding_report(self.output_dir, self.shown, self.spacing, figures, self.n_written)
+        written = f"NIfTI, PNG, {self.strip} and {FILE_NAME}"
+        print(f"\n{self.n_written} decoded: {written} are in {self.output_dir}", flush=True)
 
 
 def model_space_image(shape: Sequence[int], spacing: float, grid: SourceGrid | None = None) -> nib.Nifti1Image:

@@ -14,9 +14,10 @@ import fire
 
 from scripts.cohort import split_of
 from scripts.errors import InputError, report_input_errors
-from scripts.latent_writer import bundle_version, finish_folder
+from scripts.latent_writer import finish_folder
 from scripts.latents import DTYPES, RECORD_KEYS, latent_files, latent_path, read_latent, read_manifest, write_latent
 from scripts.original_latents import convert_from_original, write_original
+from scripts.provenance import bundle_version
 
 __all__ = ["export_folder", "import_folder"]
 

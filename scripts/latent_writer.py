@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
+import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
@@ -26,13 +28,15 @@ from scripts.datasets import transforms_hash
 from scripts.distributed import share_of_rank, wait_for_all
 from scripts.errors import InputError
 from scripts.files import file_sha256, remove_unfinished, replacing
-from scripts.latent_statistics import LatentStatistics
+from scripts.job_reports import FILE_NAME, encoding_report
+from scripts.latent_statistics import LatentStatistics, kl_per_value
 from scripts.latents import (
     DTYPES,
     ENDING,
     MANIFEST,
     RECORD_KEYS,
     STATISTICS,
+    Latent,
     latent_files,
     latent_path,
     manifest_entry,
@@ -40,12 +44,13 @@ from scripts.latents import (
     read_latent,
     write_latent,
 )
+from scripts.provenance import bundle_version
 from scripts.source_grid import SourceGrid
 
-__all__ = ["LatentWriter", "bundle_version", "encoding_settings", "finish_folder", "scans_to_encode"]
+__all__ = ["LatentWriter", "encoding_settings", "finish_folder", "scans_to_encode"]
 
-METADATA = Path(__file__).resolve().parents[1] / "configs" / "metadata.json"
 SETTINGS = {"weights_sha256": "weights", "preprocessing_sha256": "preprocessing", "dtype": "dtype"}
+MOST_SHOWN = 2  # latents whose channels are drawn in the report
 MOST_WAITING = 4  # volumes that may wait for the disk before the encoder waits for it, too
 
 
@@ -178,26 +183,35 @@ def finish_folder(folder: str | Path, settings: Mapping[str, str]) -> None:
     folder = Path(folder)
     remove_unfinished(folder)
     statistics = LatentStatistics()
+    rows: list[dict[str, Any]] = []
+    shown: list[tuple[str, np.ndarray]] = []
     with replacing(folder / MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as manifest:
         for path in tqdm(latent_files(folder), desc="manifest and statistics", disable=None, leave=False):
             latent = read_latent(path)
             if any(latent.header.get(key) != value for key, value in settings.items()):
                 raise InputError(f"{path} was made with other settings than the rest of the folder; delete it.")
             statistics.update(latent.mu, latent.logvar)
+            rows.append(_row(latent))
+            if len(shown) < MOST_SHOWN:
+                shown.append((rows[-1]["name"], latent.mu.float().numpy()))
             manifest.write(json.dumps(manifest_entry(folder, path, latent.header)) + "\n")
     result = {**statistics.result(), **settings, "bundle_version": bundle_version()}
     with replacing(folder / STATISTICS) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
-    print(_report(result))
-    print(f"{result['n']} latents, {MANIFEST} and {STATISTICS} are in {folder}", flush=True)
+    encoding_report(folder, pd.DataFrame(rows), result, shown)
+    print(_table(result))
+    print(f"{result['n']} latents, {MANIFEST}, {STATISTICS} and {FILE_NAME} are in {folder}", flush=True)
 
 
-def bundle_version() -> str:
-    """The version in metadata.json."""
-    return json.loads(METADATA.read_text())["version"]
+def _row(latent: Latent) -> dict[str, Any]:
+    """What the report says of one latent."""
+    mu, logvar = latent.mu.float(), latent.logvar.float()
+    about = {key: latent.header.get(key, "") for key in RECORD_KEYS}
+    figures = {"mean of mu": float(mu.mean()), "sd of mu": float(mu.std(unbiased=False))}
+    return {**about, "kl": float(kl_per_value(mu[None], logvar[None])), **figures}
 
 
-def _report(result: Mapping[str, Any]) -> str:
+def _table(result: Mapping[str, Any]) -> str:
     """The statistics as a table of one line a channel."""
     lines = ["channel  mean of mu  sd of mu  sd of z  scale factor"]
     columns = (result["mu"]["mean"], result["mu"]["sd"], result["z"]["sd"], result["scale_factor"]["channel"])

@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from monai.metrics import CumulativeIterationMetric, SSIMMetric
 
-__all__ = ["VolumeMetric", "format_table", "reconstruction_metrics", "summarise"]
+__all__ = ["VolumeMetric", "format_paired", "format_table", "reconstruction_metrics", "summarise", "summary_frame"]
 
 # Column: whether a large figure is a good one. The order is that of every table.
 COLUMNS: dict[str, bool] = {"l1": False, "psnr": True, "psnr_brain": True, "ssim": True, "lpips": False, "kl": False}
@@ -139,18 +140,14 @@ def format_table(
     """
     if model not in summaries or not all(summaries.values()):
         raise ValueError(f"'{model}' and columns for every system are needed, got {list(summaries)}.")
-    columns = [c for c in (*COLUMNS, "active_units") if any(c in summary for summary in summaries.values())]
-    table = [["system", "n", *columns]]
-    for system, summary in summaries.items():
-        n = max(figures["n"] for figures in summary.values())
-        table.append([system, str(n), *(_cell(column, summary.get(column)) for column in columns)])
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    table = summary_frame(summaries)
+    n_volumes = table.loc[table["system"] == model, "n"].item()
     lines = [
-        f"split: {split}   n: {table[1 + list(summaries).index(model)][1]} volumes, mean ± sd over volumes",
+        f"split: {split}   n: {n_volumes} volumes, mean ± sd over volumes",
         f"weights: sha256 {weights_sha256}",
         f"command: {command}",
         "",
-        *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table),
+        *_aligned(table),
         "",
         f"worst volume of '{model}'",
     ]
@@ -163,6 +160,44 @@ def format_table(
                 share = f"{figures['n_exact']} of {figures['n']}"
                 lines.append(f"{column} of '{system}': {share} volumes are exact (inf) and not in mean ± sd")
     return "\n".join(lines)
+
+
+def summary_frame(summaries: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> pd.DataFrame:
+    """The table of `format_table`: one row a system with `system`, `n` and each figure's mean ± sd, all of it text."""
+    columns = [c for c in (*COLUMNS, "active_units") if any(c in summary for summary in summaries.values())]
+    rows = []
+    for system, summary in summaries.items():
+        n = max(figures["n"] for figures in summary.values())
+        rows.append([system, str(n), *(_cell(column, summary.get(column)) for column in columns)])
+    return pd.DataFrame(rows, columns=["system", "n", *columns])
+
+
+def format_paired(paired: pd.DataFrame) -> str:
+    """The rows of `comparison.paired_differences` as text, no newline at its end."""
+    rows = []
+    for _, row in paired.iterrows():
+        digits = 2 if row["figure"].startswith("psnr") else 4
+        low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
+        tests = (f"{row[key]:.2g}" for key in ("p", "p_wilcoxon"))
+        rows.append(
+            [
+                row["system"],
+                row["figure"],
+                str(row["n"]),
+                f"{row['difference']:+.{digits}f}",
+                f"{low} to {high}",
+                *tests,
+            ]
+        )
+    names = ["system", "figure", "n", "minus model", "95 % interval", "p (t)", "p (Wilcoxon)"]
+    lines = ["paired with 'model': mean over subjects, Student's t and Wilcoxon's signed ranks"]
+    return "\n".join([*lines, *_aligned(pd.DataFrame(rows, columns=names))])
+
+
+def _aligned(table: pd.DataFrame) -> list[str]:
+    lines = [list(table.columns), *table.to_numpy().tolist()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _clamped(volume: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from scripts import pictures
 
-__all__ = ["volume_strip"]
+__all__ = ["latent_strip", "volume_strip"]
 
 PER_BAND = 8  # volumes side by side
 EDGE = 1.5  # inches of the longest edge
@@ -26,6 +26,8 @@ def volume_strip(
     spacing: Sequence[float] = (1.5, 1.5, 1.5),
     title: str = "",
     window_top: float = 1.0,
+    window_bottom: float = 0.0,
+    unit: str = "(1: 99.5th percentile)",
 ) -> Figure:
     """Axial, coronal and sagittal middle of each volume; bands of eight volumes.
 
@@ -34,7 +36,9 @@ def volume_strip(
         names: of the volumes.
         spacing: voxel size in mm.
         title: of the whole picture.
-        window_top: the intensity that is white.
+        window_top: the value that is white.
+        window_bottom: the value that is black.
+        unit: of the values.
 
     Returns:
         The figure, for `save_png`.
@@ -59,7 +63,7 @@ def volume_strip(
     top, middle = figure.get_figheight() - head, figure.get_figwidth() / 2
     if title:
         pictures._write(figure, middle, figure.get_figheight() - head / 2, title, size=11)
-    window = Normalize(0, window_top)
+    window = Normalize(window_bottom, window_top)
     for number, (volume, name) in enumerate(zip(volumes, names, strict=True)):
         row, column = divmod(number, PER_BAND)
         across = middle + (column + 0.5 - n_columns / 2) * width
@@ -72,6 +76,25 @@ def volume_strip(
             if number == 0:
                 pictures._letter(axes, view)
             upper -= height
-    footer = "middle slices; " + pictures._footer(window_top, "(1: 99.5th percentile)")
+    footer = "middle slices; " + pictures._footer(window_top, unit, window_bottom)
     pictures._write(figure, middle, foot / 2, footer, size=min(7.5, 260 * middle / len(footer)), colour=pictures.FAINT)
     return figure
+
+
+def latent_strip(mu: np.ndarray, spacing: Sequence[float] = (6.0, 6.0, 6.0), title: str = "") -> Figure:
+    """The channels of a latent side by side, all in one window about zero: three root mean squares to each side.
+
+    Args:
+        mu: posterior mean (C, D, H, W), RAS.
+        spacing: of the latent's grid in mm, four times that of model space.
+        title: of the whole picture.
+
+    Returns:
+        The figure, for `save_png`.
+
+    Raises:
+        ValueError: as in `volume_strip`.
+    """
+    limit = 3 * float(np.sqrt(np.mean(np.square(mu, dtype=np.float64)))) or 1.0
+    names = [f"channel {number}" for number in range(len(mu))]
+    return volume_strip(list(mu), names, spacing, title, window_top=limit, window_bottom=-limit, unit="(mu)")

@@ -295,5 +295,6 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _footer(top: float, unit: str) -> str:
-    return f"neurological: left is on the left (sagittal: anterior); window 0 to {_number(top)} {unit}"
+def _footer(top: float, unit: str, bottom: float = 0) -> str:
+    window = f"window {_number(bottom)} to {_number(top)} {unit}"
+    return f"neurological: left is on the left (sagittal: anterior); {window}"

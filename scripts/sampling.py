@@ -133,7 +133,9 @@ class DrawPriord(MapTransform):
 
 
 class SampleFigures:
-    """How far the samples are from real scans and from the training set: `figures.json`, `nearest.csv`, and a table.
+    """How far the samples are from real scans and from the training set.
+
+    Writes `figures.json` and `nearest.csv`, prints a table, and leaves the figures in the engine's metrics.
 
     Args:
         output_dir: where to write.
@@ -185,6 +187,7 @@ class SampleFigures:
         with replacing(self.output_dir / "figures.json") as temporary:
             finite = {key: value if math.isfinite(value) else None for key, value in figures.items()}
             temporary.write_text(json.dumps(finite, indent=2) + "\n")
+        engine.state.metrics.update(figures)
         print("\n".join(f"{key:<24}{value:.5g}" for key, value in figures.items()), flush=True)
 
     def _training(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,14 +1,12 @@
-"""What evaluation and reconstruction write: figures per volume, and NIfTI files with pictures.
+"""What reconstruction writes: NIfTI files in the scan's own grid, pictures, a summary and the report.
 
-`evaluate.json` attaches `EvaluationWriter`, `inference.json` attaches `ReconstructionWriter` as handlers, never as
-postprocessing: MONAI Label and the Deploy SDK run `postprocessing` themselves and must not write files by it.
+`inference.json` attaches `ReconstructionWriter` as a handler, never as postprocessing: MONAI Label and the Deploy SDK
+run `postprocessing` themselves and must not write files by it.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,131 +15,36 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
-from monai.data import Dataset, MetaTensor
+from monai.data import MetaTensor
 from monai.transforms import Compose
-from tqdm import tqdm
 
-from scripts.baselines import Baseline
-from scripts.files import file_sha256, replacing
-from scripts.latent_statistics import ActiveUnits, kl_per_value
-from scripts.metrics import format_table, reconstruction_metrics, summarise
+from scripts.cases import Case, Cases
+from scripts.files import replacing
+from scripts.job_reports import FILE_NAME, reconstruction_report
 from scripts.pictures import recon_panel, save_png, to_ras
 from scripts.transforms import FACTOR_KEY, count_outside, outside_model_space
 
-__all__ = ["EvaluationWriter", "ReconstructionWriter", "write_nifti"]
-
-RECORD_COLUMNS = ("name", "subject", "session", "label", "split")
-
-
-class EvaluationWriter:
-    """Every figure of the protocol, per volume and summarised, for the model and what it is measured against.
-
-    Systems: `model` (the posterior mean), `identity` (preprocessing, its inverse and preprocessing again: what the
-    protocol alone costs) and the baselines. Writes `metrics.csv` (one line a volume and system), `summary.json` and
-    `table.txt`, and prints the table.
-
-    Args:
-        output_dir: where to write.
-        preprocessing: the transform that made the volumes, for `identity`.
-        lpips: `LPIPS3D`, on the network's device.
-        baselines: codes to run beside the model; fitted on `training` when the run starts.
-        training: preprocessed training split for the baselines that are fitted; None where there is none.
-        split: name of the split, for the table.
-        weights: the weights file, for its sha256.
-    """
-
-    def __init__(
-        self,
-        output_dir: str,
-        preprocessing: Compose,
-        lpips: torch.nn.Module,
-        baselines: Sequence[Baseline],
-        training: Dataset | None,
-        split: str,
-        weights: str,
-    ) -> None:
-        self.output_dir = Path(output_dir)
-        self.preprocessing = preprocessing
-        self.lpips = lpips
-        self.baselines = list(baselines)
-        self.training = training
-        self.split, self.weights = split, weights
-        self.rows: list[dict[str, Any]] = []
-        self.active_units = ActiveUnits()
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator whose iteration keeps the posterior (`posterior_iteration`)."""
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._volumes)
-        engine.add_event_handler(Events.COMPLETED, self._finish)
-
-    def _start(self, engine: Engine) -> None:
-        self.rows, self.active_units = [], ActiveUnits()
-        if self.training is None or len(self.training) == 0:
-            dropped = [code.name for code in self.baselines if type(code).fit is not Baseline.fit]
-            self.baselines = [code for code in self.baselines if code.name not in dropped]
-            if dropped:
-                print(f"no training split: {', '.join(dropped)} cannot be fitted and is left out")
-        for code in self.baselines:
-            training: Any = self.training or []
-            code.fit(scan["image"] for scan in tqdm(training, desc=f"fitting {code.name}", disable=None, leave=False))
-
-    def _volumes(self, engine: Engine) -> None:
-        for record, output in zip(engine.state.batch, engine.state.output, strict=True):
-            image, pred = output["image"], output["pred"]
-            mu, logvar = output["mu"][None], output["logvar"][None]
-            self.active_units.update(mu)
-            base = {key: record.get(key, "") for key in RECORD_COLUMNS}
-            x = _plain(image)[None]
-            systems = {"model": _plain(pred)[None], "identity": _plain(self._identity(image))[None]}
-            systems |= {code.name: code(x) for code in self.baselines}
-            for system, y in systems.items():
-                row = reconstruction_metrics(x, y, self.lpips)
-                if system == "model":
-                    row["kl"] = float(kl_per_value(mu, logvar))
-                self.rows.append({**base, "system": system, **row})
-
-    def _identity(self, image: MetaTensor) -> torch.Tensor:
-        """The volume sent home to its source grid and brought back (all transforms after the loading)."""
-        home = self.preprocessing.inverse({"image": image})
-        return Compose(self.preprocessing.transforms[1:])(home)["image"]
-
-    def _finish(self, engine: Engine) -> None:
-        table = pd.DataFrame(self.rows)
-        summaries = {
-            str(system): summarise(
-                [dict(row) for _, row in rows.dropna(axis=1, how="all").iterrows()],
-                self.active_units.share() if system == "model" else None,
-            )
-            for system, rows in table.groupby("system", sort=False)
-        }
-        sha256, command = file_sha256(self.weights), _command()
-        text = format_table(summaries, split=self.split, weights_sha256=sha256, command=command)
-        about = {"split": self.split, "n": int((table["system"] == "model").sum()), "weights_sha256": sha256}
-        with replacing(self.output_dir / "metrics.csv") as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g")
-        with replacing(self.output_dir / "summary.json") as temporary:
-            temporary.write_text(json.dumps({**about, "command": command, "systems": summaries}, indent=2) + "\n")
-        with replacing(self.output_dir / "table.txt") as temporary:
-            temporary.write_text(text + "\n")
-        print(f"\n{text}\n\nwritten to {self.output_dir}: metrics.csv, summary.json, table.txt", flush=True)
+__all__ = ["ReconstructionWriter", "write_nifti"]
 
 
 class ReconstructionWriter:
-    """`<name>_recon.nii.gz` in the scan's own grid and unit, `<name>_recon.png`, and a summary of the run.
+    """`<name>_recon.nii.gz` in the scan's own grid and unit, `<name>_recon.png`, and summary and report of the run.
 
     Args:
         output_dir: where to write.
         preprocessing: the transform that made the volumes, to tell what lay outside model space.
+        weights: the weights file, for its sha256 in the report; "" where it is not known.
 
     Where postprocessing has kept a copy under `pred_model_space`, `<name>_model_space.nii.gz` and
     `<name>_model_space_recon.nii.gz` are written too, in units of the scan's own percentile.
     """
 
-    def __init__(self, output_dir: str, preprocessing: Compose) -> None:
+    def __init__(self, output_dir: str, preprocessing: Compose, weights: str = "") -> None:
         self.output_dir = Path(output_dir)
         self.preprocessing = preprocessing
+        self.weights = weights
         self.rows: list[dict[str, Any]] = []
+        self.cases = Cases()
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator whose postprocessing inverts the preprocessing of `pred`."""
@@ -150,7 +53,7 @@ class ReconstructionWriter:
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
-        self.rows = []
+        self.rows, self.cases = [], Cases()
 
     def _volumes(self, engine: Engine) -> None:
         for record, output in zip(engine.state.batch, engine.state.output, strict=True):
@@ -177,12 +80,14 @@ class ReconstructionWriter:
         recon_ras, _ = to_ras(recon, source.affine)
         save_png(recon_panel(image_ras, recon_ras, spacing, title=name), self.output_dir / f"{name}_recon.png")
         inside = ~outside.numpy()
-        error = np.abs(original - recon)[inside].mean() / float(image.meta[FACTOR_KEY])
+        factor = float(image.meta[FACTOR_KEY])
+        error = np.abs(original - recon)[inside].mean() / factor
+        self.cases.add(float(error), partial(Case.of_volumes, name, image_ras, {"model": recon_ras}, spacing, factor))
         self.rows.append(
             {
                 "name": name,
                 "l1": float(error),
-                "intensity_factor": float(image.meta[FACTOR_KEY]),
+                "intensity_factor": factor,
                 "voxels_outside": n_outside.voxels,
                 "foreground_voxels_outside": n_outside.foreground_voxels,
             }
@@ -193,7 +98,9 @@ class ReconstructionWriter:
         with replacing(self.output_dir / "summary.csv") as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         print(f"\n{table.to_string(index=False)}\n")
-        print(f"{len(table)} reconstructed: NIfTI, PNG and summary.csv are in {self.output_dir}", flush=True)
+        reconstruction_report(self.output_dir, table, self.cases.result(), self.weights)
+        written = f"NIfTI, PNG, summary.csv and {FILE_NAME}"
+        print(f"{len(table)} reconstructed: {written} are in {self.output_dir}", flush=True)
 
 
 def write_nifti(volume: np.ndarray, source: nib.spatialimages.SpatialImage, path: str | Path) -> None:
@@ -222,10 +129,3 @@ def write_nifti(volume: np.ndarray, source: nib.spatialimages.SpatialImage, path
 
 def _plain(volume: torch.Tensor) -> torch.Tensor:
     return volume.detach().as_subclass(torch.Tensor).float()
-
-
-def _command() -> str:
-    """What the user ran, with the last part of every path, since the table is made to be shown."""
-    words = [word.rpartition("=") for word in sys.argv[1:]]
-    shown = [key + sign + (Path(value).name if Path(value).is_absolute() else value) for key, sign, value in words]
-    return " ".join(["python -m monai.bundle", *shown])

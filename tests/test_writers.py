@@ -22,8 +22,9 @@ from torch import nn
 
 from scripts.baselines import DCT, PatchPCA, Trilinear
 from scripts.engines import AutocastInferer, posterior_iteration, prepare_batch
+from scripts.evaluation_writer import EvaluationWriter
 from scripts.transforms import ScaleByPercentiled, ToModelSpaced
-from scripts.writers import EvaluationWriter, ReconstructionWriter, write_nifti
+from scripts.writers import ReconstructionWriter, write_nifti
 
 CPU = torch.device("cpu")
 SIZE = (48, 48, 48)  # at 4 mm: 192 mm
@@ -189,7 +190,7 @@ def test_outputs_and_columns(tmp_path, capsys):
     out = tmp_path / "out"
     table = reconstruct(records, out, FakeNetwork())
     assert sorted(path.name for path in out.iterdir()) == [
-        "sub-01_T1w_recon.nii.gz", "sub-01_T1w_recon.png", "sub-02_ses-1_T1w_recon.nii.gz",
+        "report.html", "sub-01_T1w_recon.nii.gz", "sub-01_T1w_recon.png", "sub-02_ses-1_T1w_recon.nii.gz",
         "sub-02_ses-1_T1w_recon.png", "summary.csv",
     ]  # fmt: skip
     assert list(table) == ["name", "l1", "intensity_factor", "voxels_outside", "foreground_voxels_outside"]
@@ -418,4 +419,4 @@ def test_broken_run_leaves_the_old_result(scans, tmp_path):
     with pytest.raises(RuntimeError, match="broken"):
         evaluate(scans[:1], tmp_path, FakeNetwork(), lpips=fail)
     assert (tmp_path / "out" / "metrics.csv").read_bytes() == before
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 5

@@ -1,0 +1,156 @@
+"""What an evaluation writes: every figure of the protocol a volume, summarised, compared, and shown in a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from ignite.engine import Engine, Events
+from monai.data import Dataset, MetaTensor
+from monai.transforms import Compose
+from tqdm import tqdm
+
+from scripts.baselines import Baseline
+from scripts.cases import Case, Cases
+from scripts.comparison import Peer, paired_differences
+from scripts.files import file_sha256, replacing
+from scripts.job_reports import FILE_NAME, evaluation_report
+from scripts.latent_statistics import ActiveUnits, kl_per_value
+from scripts.metrics import COLUMNS, format_paired, format_table, reconstruction_metrics, summarise, summary_frame
+from scripts.pictures import to_ras
+from scripts.provenance import command_line
+
+__all__ = ["EvaluationWriter"]
+
+RECORD_COLUMNS = ("name", "subject", "session", "label", "split")
+RANKED_BY = "psnr_brain"  # the figure that background cannot flatter
+
+
+class EvaluationWriter:
+    """Every figure of the protocol, per volume and summarised, for the model and what it is measured against.
+
+    Systems: `model` (the posterior mean), the peers, `identity` (preprocessing, its inverse and preprocessing again:
+    what the protocol alone costs) and the baselines. Writes `metrics.csv` (one line a volume and system),
+    `summary.json`, `paired.csv` (each system against the model), `table.txt` and `report.html`, and prints the table.
+
+    Args:
+        output_dir: where to write.
+        preprocessing: the transform that made the volumes, for `identity`.
+        lpips: `LPIPS3D`, on the network's device.
+        baselines: codes to run beside the model; fitted on `training` when the run starts.
+        training: preprocessed training split for the baselines that are fitted; None where there is none.
+        split: name of the split, for the table.
+        weights: the weights file, for its sha256.
+        peers: other models, from `comparison.read_peers`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        preprocessing: Compose,
+        lpips: torch.nn.Module,
+        baselines: Sequence[Baseline],
+        training: Dataset | None,
+        split: str,
+        weights: str,
+        peers: Sequence[Peer] = (),
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.preprocessing = preprocessing
+        self.lpips = lpips
+        self.baselines = list(baselines)
+        self.training = training
+        self.split, self.weights = split, weights
+        self.peers = list(peers)
+        self.rows: list[dict[str, Any]] = []
+        self.active_units = ActiveUnits()
+        self.cases = Cases()
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator whose iteration keeps the posterior (`posterior_iteration`)."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._volumes)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _start(self, engine: Engine) -> None:
+        self.rows, self.active_units, self.cases = [], ActiveUnits(), Cases()
+        for peer in self.peers:
+            peer.check(record["name"] for record in engine.state.dataloader.dataset.data)
+        if self.training is None or len(self.training) == 0:
+            dropped = [code.name for code in self.baselines if type(code).fit is not Baseline.fit]
+            self.baselines = [code for code in self.baselines if code.name not in dropped]
+            if dropped:
+                print(f"no training split: {', '.join(dropped)} cannot be fitted and is left out")
+        for code in self.baselines:
+            training: Any = self.training or []
+            code.fit(scan["image"] for scan in tqdm(training, desc=f"fitting {code.name}", disable=None, leave=False))
+
+    def _volumes(self, engine: Engine) -> None:
+        for record, output in zip(engine.state.batch, engine.state.output, strict=True):
+            image, pred = output["image"], output["pred"]
+            mu, logvar = output["mu"][None], output["logvar"][None]
+            self.active_units.update(mu)
+            base = {key: record.get(key, "") for key in RECORD_COLUMNS}
+            x = _plain(image)[None]
+            shown = {"model": _plain(pred)[None]}
+            shown |= {peer.name: _plain(peer(record["name"], image))[None] for peer in self.peers}
+            systems = {**shown, "identity": _plain(self._identity(image))[None]}
+            systems |= {code.name: code(x) for code in self.baselines}
+            for system, y in systems.items():
+                row = reconstruction_metrics(x, y, self.lpips)
+                if system == "model":
+                    row["kl"] = float(kl_per_value(mu, logvar))
+                    self.cases.add(-row[RANKED_BY], partial(_case, record["name"], image, shown, mu))
+                self.rows.append({**base, "system": system, **row})
+
+    def _identity(self, image: MetaTensor) -> torch.Tensor:
+        """The volume sent home to its source grid and brought back (all transforms after the loading)."""
+        home = self.preprocessing.inverse({"image": image})
+        return Compose(self.preprocessing.transforms[1:])(home)["image"]
+
+    def _finish(self, engine: Engine) -> None:
+        table = pd.DataFrame(self.rows)
+        summaries = {
+            str(system): summarise(
+                [dict(row) for _, row in rows.dropna(axis=1, how="all").iterrows()],
+                self.active_units.share() if system == "model" else None,
+            )
+            for system, rows in table.groupby("system", sort=False)
+        }
+        sha256, command = file_sha256(self.weights), command_line()
+        columns = [column for column in COLUMNS if column in table and column != "kl"]
+        paired = paired_differences(table[table["system"] != "identity"], columns)
+        text = format_table(summaries, split=self.split, weights_sha256=sha256, command=command)
+        if self.peers:
+            peers = [peer.name for peer in self.peers]
+            text += "\n\n" + format_paired(paired[paired["system"].isin(peers)])
+        about = {"split": self.split, "n": int((table["system"] == "model").sum()), "weights_sha256": sha256}
+        for name, frame in (("metrics.csv", table), ("paired.csv", paired)):
+            with replacing(self.output_dir / name) as temporary:
+                frame.to_csv(temporary, index=False, float_format="%.6g")
+        with replacing(self.output_dir / "summary.json") as temporary:
+            temporary.write_text(json.dumps({**about, "command": command, "systems": summaries}, indent=2) + "\n")
+        with replacing(self.output_dir / "table.txt") as temporary:
+            temporary.write_text(text + "\n")
+        cases = self.cases.result()
+        evaluation_report(
+            self.output_dir, table, summary_frame(summaries), paired, cases, RANKED_BY, sha256, self.split
+        )
+        written = f"metrics.csv, paired.csv, summary.json, table.txt, {FILE_NAME}"
+        print(f"\n{text}\n\nwritten to {self.output_dir}: {written}", flush=True)
+
+
+def _case(name: str, image: MetaTensor, systems: dict[str, torch.Tensor], mu: torch.Tensor) -> Case:
+    affine = image.affine.numpy()
+    volume, spacing = to_ras(_plain(image)[0].cpu().numpy(), affine)
+    recons = {system: to_ras(y[0, 0].cpu().numpy(), affine)[0] for system, y in systems.items()}
+    return Case.of_volumes(name, volume, recons, spacing, mu=mu[0].cpu().numpy())
+
+
+def _plain(volume: torch.Tensor) -> torch.Tensor:
+    return volume.detach().as_subclass(torch.Tensor).float()

@@ -123,8 +123,10 @@ class PeerFolder(Peer):
         begun = [path for path in self.files if path.name.startswith((f"{name}_", f"{name}."))]
         found = exact or begun
         if len(found) != 1:
-            what = "has no reconstruction" if not found else f"has {len(found)} files"
-            raise InputError(f"{self.folder} {what} of {name}; one file {name}_recon.nii.gz a scan is needed.")
+            number = len(found) or "no"
+            raise InputError(
+                f"{self.folder} has {number} files of {name}; one file {name}_recon.nii.gz a scan is needed."
+            )
         return found[0]
 
 

@@ -26,7 +26,9 @@ from scripts.preflight import DATA_CRITERIA, HEADER_CRITERIA
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-PAGES = ["cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss"]
+PAGES = [
+    "cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss", "report",
+]  # fmt: skip
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 OVERLAYS = ["finetune", "recipe"]

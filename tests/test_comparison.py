@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_VAE, write_scan
+from conftest import TINY_JOB, TINY_VAE, write_scan
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, Orientationd, Spacingd
 from scipy import stats
@@ -188,3 +188,24 @@ def test_one_subject_gives_no_test():
 def test_equal_differences_give_no_division_by_zero(recwarn):
     row = paired_differences(figures({"model": [20.0, 21.0], "other": [21.0, 22.0]}), ["psnr"]).iloc[0]
     assert (row["low"], row["high"]) == (1, 1) and not recwarn.list
+
+
+def test_evaluation_puts_peers_beside_the_model(run_bundle, weights, bids, tmp_path):
+    """Other weights and what inference wrote, by the config: the model's own folder is as good as the model."""
+    other = tmp_path / "other.pt"
+    torch.manual_seed(1)
+    torch.save(BrainVAE(**TINY_VAE).state_dict(), other)
+    job = ["--dataset_dir", str(bids), "--split", "val", "--weights", str(weights), *TINY_JOB]
+    recons, out = tmp_path / "recons", tmp_path / "out"
+    run_bundle("--config_file", "configs/inference.json", *job, "--output_dir", str(recons))
+    peers = ["--peers", str({"other": str(other), "recons": str(recons)}), "--baselines", "[]"]
+    done = run_bundle("--config_file", "configs/evaluate.json", *job, "--output_dir", str(out), *peers)
+    table = pd.read_csv(out / "metrics.csv").set_index(["system", "name"])
+    assert list(table.index.unique("system")) == ["model", "other", "recons", "identity"]
+    own, again = table.loc["model", "psnr_brain"], table.loc["recons", "psnr_brain"]
+    assert abs(own - again).max() < 0.5, "only the way through the scan's grid lies between them"
+    assert "paired with 'model'" in done.stdout
+    paired = pd.read_csv(out / "paired.csv")
+    assert set(paired["system"]) == {"other", "recons"} and (paired["n"] == 2).all()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Systems side by side" in page and str(tmp_path) not in page

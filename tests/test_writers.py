@@ -321,7 +321,7 @@ def evaluated(scans, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
 
 def test_every_volume_and_system_has_a_row(evaluated):
     """Model first, then identity and the codes, per volume, with the record's columns and the protocol's."""
-    assert evaluated.files == ["metrics.csv", "summary.json", "table.txt"]
+    assert evaluated.files == ["metrics.csv", "paired.csv", "report.html", "summary.json", "table.txt"]
     assert evaluated.table["system"].tolist() == ["model", "identity", "trilinear", "dct", "patch_pca"] * 2
     assert list(evaluated.table)[:6] == ["name", "subject", "session", "label", "split", "system"]
     assert set(evaluated.table) >= {"l1", "psnr", "psnr_brain", "ssim", "lpips", "kl"}

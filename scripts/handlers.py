@@ -182,6 +182,8 @@ class TrainingLog:
         self.steps = []
 
     def _step(self, engine: Engine) -> None:
+        if engine.state.rank != 0:
+            return
         learning_rate = self.optimizer.param_groups[0]["lr"]
         parts = {"learning_rate": learning_rate, **self.loss.parts, "gradient_norm": self.clip.norm}
         self.steps.append(parts)
@@ -230,7 +232,7 @@ class PictureLog:
 
     def __call__(self, engine: Engine) -> None:
         """Draw the first scan of the validation set."""
-        if engine.state.iteration != 1:
+        if engine.state.iteration != 1 or engine.state.rank != 0:
             return
         output = engine.state.output[0]
         image, pred = (np.asarray(output[key].detach().float().cpu()[0]) for key in ("image", "pred"))

@@ -28,6 +28,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 PAGES = [
     "cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss", "report",
+    "tensorboard",
 ]  # fmt: skip
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])

@@ -333,6 +333,14 @@ def test_one_picture_an_epoch(tmp_path):
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.max() > 100
 
 
+def test_other_processes_write_nothing(tmp_path):
+    """Only rank 0 writes curves, table and pictures."""
+    run = build(2, lambda run: log_of(run, tmp_path))
+    run.trainer.state.rank = run.evaluator.state.rank = 1
+    run.trainer.run()
+    assert not run.writer.scalars and not run.writer.images and not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
 def test_bars(capsys):
     """Both bars attach and show, without a warning: the loss in training, the scans in evaluation."""

@@ -18,7 +18,7 @@ from scripts.report import CEILING, quantised
 
 __all__ = ["Case", "Cases"]
 
-PICTURE_UNIT = "(1: 99.5th percentile)"
+PICTURE_UNIT = "x 99.5th percentile"
 
 
 @dataclass(frozen=True)

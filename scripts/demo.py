@@ -246,7 +246,7 @@ def _make_missing(root: Path, n_subjects: int) -> None:
     missing = {number: root / name for number, name in names.items() if not (root / name).is_file()}
     if missing:
         templates = load_templates()
-        for number, path in tqdm(missing.items(), desc="Making the demo cohort", unit="scan"):
+        for number, path in tqdm(missing.items(), desc="Making the demo cohort", unit="scan", disable=None):
             content = demo_scan(number, templates).to_bytes()
             with replacing(path) as temporary:
                 temporary.write_bytes(gzip.compress(content, compresslevel=4, mtime=0))

@@ -42,8 +42,8 @@ NOTES = {
     "difference": "mean over subjects of this system minus the model",
 }
 LATENT_TEXT = (
-    "The posterior mean, one column a channel, middle slices. Structure that can be recognised says that the latent "
-    "keeps the head's layout, as a diffusion model wants it."
+    "The posterior mean, one column a channel, each in units of its own standard deviation. Structure that can be "
+    "recognised says that the latent keeps the head's layout, as a diffusion model wants it."
 )
 
 

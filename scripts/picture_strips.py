@@ -27,7 +27,7 @@ def volume_strip(
     title: str = "",
     window_top: float = 1.0,
     window_bottom: float = 0.0,
-    unit: str = "(1: 99.5th percentile)",
+    unit: str = "x 99.5th percentile",
 ) -> Figure:
     """Axial, coronal and sagittal middle of each volume; bands of eight volumes.
 
@@ -82,7 +82,9 @@ def volume_strip(
 
 
 def latent_strip(mu: np.ndarray, spacing: Sequence[float] = (6.0, 6.0, 6.0), title: str = "") -> Figure:
-    """The channels of a latent side by side, all in one window about zero: three root mean squares to each side.
+    """The channels of a latent side by side, each about its own mean in units of its own standard deviation.
+
+    Channels differ severalfold in size: in one window for all the largest would be clipped and the smallest flat.
 
     Args:
         mu: posterior mean (C, D, H, W), RAS.
@@ -95,6 +97,7 @@ def latent_strip(mu: np.ndarray, spacing: Sequence[float] = (6.0, 6.0, 6.0), tit
     Raises:
         ValueError: as in `volume_strip`.
     """
-    limit = 3 * float(np.sqrt(np.mean(np.square(mu, dtype=np.float64)))) or 1.0
-    names = [f"channel {number}" for number in range(len(mu))]
-    return volume_strip(list(mu), names, spacing, title, window_top=limit, window_bottom=-limit, unit="(mu)")
+    means, deviations = mu.mean(axis=(1, 2, 3)), mu.std(axis=(1, 2, 3))
+    channels = [(x - mean) / (sd or 1) for x, mean, sd in zip(mu, means, deviations, strict=True)]
+    names = [f"channel {i}: sd {sd:.2f}" for i, sd in enumerate(deviations)]
+    return volume_strip(channels, names, spacing, title, window_top=3, window_bottom=-3, unit="standard deviations")

@@ -24,7 +24,15 @@ from torch import nn
 
 from scripts.errors import InputError
 
-__all__ = ["UNREADABLE", "BrainVAE", "FoldedUpsample", "load_weights", "read_state_dict", "start_deterministic"]
+__all__ = [
+    "UNREADABLE",
+    "BrainVAE",
+    "FoldedUpsample",
+    "load_state",
+    "load_weights",
+    "read_state_dict",
+    "start_deterministic",
+]
 
 
 # What torch's restricted unpickler and safetensors raise for files that are cut off or of another kind.
@@ -193,7 +201,11 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         InputError: the file cannot be read, or is of another architecture.
     """
-    state = read_state_dict(path)
+    return load_state(network, read_state_dict(path), path)
+
+
+def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> nn.Module:
+    """`load_weights` of a state dict that has been read already; `path` is where from, for the message."""
     own = network.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]

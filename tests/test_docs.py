@@ -28,7 +28,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 PAGES = [
     "cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss", "report",
-    "tensorboard",
+    "tensorboard", "python", "other_weights",
 ]  # fmt: skip
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
@@ -76,9 +76,9 @@ def bundle_commands(page: str) -> list[list[str]]:
     commands = []
     for line in "\n".join(blocks(page, "bash")).splitlines():
         words = shlex.split(line.replace("$BUNDLE", FOLDER))
-        if "monai.bundle" in words:
-            start = words.index("monai.bundle")
-            assert words[start - 1 : start + 2] == ["-m", "monai.bundle", "run"], line
+        start = words.index("monai.bundle") if "monai.bundle" in words else 0
+        if start and words[start + 1] == "run":
+            assert words[start - 1] == "-m", line
             assert words[start - 2] == "python" or "torchrun" in words, line
             commands.append(words[start + 2 :])
     return commands
@@ -234,6 +234,23 @@ def test_the_example_folders_are_read(tmp_path: Path) -> None:
     assert [(record["subject"], record["session"]) for record in study] == [("sub-01", ""), ("sub-02", "ses-1")]
     both = [str(tmp_path / "data" / name) for name in ("recon-all", "other")]
     assert {record["subject"] for record in read_cohort(both)} == {"bert", "s001_t1"}
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python", "python"))))
+def test_the_python_page_runs(number: int, tmp_path: Path) -> None:
+    """Its programs, on small volumes, each in a process of its own as its reader starts it."""
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    small = f'dataset_dir="{scan}", spatial_size=[32, 36, 32], spacing=4.0'
+    program = blocks("python", "python")[number].replace("112, 136, 112", "32, 36, 32")
+    program = program.replace('dataset_dir="scan.nii.gz"', small).replace("output/python", str(tmp_path / "out"))
+    checks = [
+        "assert recon.shape == (1, 1, 32, 36, 32) and mu.shape == (1, 4, 8, 9, 8)",
+        f"import nibabel\nassert home.shape[1:] == nibabel.load('{scan}').shape and mu.shape == (1, 4, 8, 9, 8)",
+        "assert network.latent_channels == 8",
+    ]
+    command = [sys.executable, "-W", "ignore", "-c", f"{program}\n{checks[number]}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("number", range(len(blocks("network_and_loss", "python"))))

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_VAE
+from conftest import ROOT, TINY_VAE, write_scan
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.bundle import ConfigParser
 from monai.networks.nets import AutoencoderKL
@@ -138,3 +138,19 @@ def test_overlay_builds_the_peers_network(overlay, kind, millions):
     network = parser.get_parsed_content("network_def")
     assert type(network) is kind
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
+
+
+def test_maisi_is_measured_by_evaluate(run_bundle, tmp_path):
+    """MAISI's class with its overlay, small: encode and decode are all that the job needs."""
+    small = {"num_channels": [4, 8, 8], "num_res_blocks": [1, 1, 1], "norm_num_groups": 4, "num_splits": 1}
+    overlay = json.loads((ROOT / "configs/maisi_original.json").read_text())["network_def"]
+    network = AutoencoderKlMaisi(**{key: value for key, value in {**overlay, **small}.items() if key != "_target_"})
+    torch.save(network.state_dict(), tmp_path / "maisi.pt")
+    write_scan(tmp_path / "scans" / "a.nii.gz")
+    run_bundle(
+        "--config_file", "['configs/evaluate.json','configs/maisi_original.json']", "--dataset_dir",
+        str(tmp_path / "scans"), "--split", "all", "--weights", str(tmp_path / "maisi.pt"), "--output_dir",
+        str(tmp_path / "out"), "--baselines", "[]", "--spatial_size", "[32, 36, 32]", "--spacing", "4.0",
+        *[word for key, value in small.items() for word in (f"--network_def#{key}", str(value))],
+    )  # fmt: skip
+    assert "psnr_brain" in (tmp_path / "out" / "table.txt").read_text()

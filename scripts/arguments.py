@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from monai.bundle import ConfigParser, run
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from scripts.errors import InputError
 
@@ -40,13 +41,23 @@ def refuse_unknown_keys(argv: Sequence[str]) -> None:
     except (ValueError, SyntaxError):
         files = text
     parser = ConfigParser(ConfigParser.load_config_files(files))
-    own = set(inspect.signature(run).parameters)
+    own = set(inspect.signature(run).parameters) | _tracking_keys(argv)
     for key in (word[0][2:] for word in words if word[0].startswith("--") and len(word[0]) > 2):
         if key in own or key.startswith("+") or key in parser or key.replace("-", "_") in parser:
             continue
         near = difflib.get_close_matches(key, [name for name in parser.get() if isinstance(name, str)], n=1)
         hint = f"; did you mean --{near[0]}?" if near else "; the keys stand at the top of the config file."
         raise InputError(f"{text} has no key '{key}'{hint}")
+
+
+def _tracking_keys(argv: Sequence[str]) -> set[str]:
+    """Keys that `--tracking` adds to the config: those of MONAI's settings for MLflow, or of the file that it names."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--tracking") else [word])]
+    if "--tracking" not in words[:-1]:
+        return set()
+    settings = words[words.index("--tracking") + 1]
+    known = DEFAULT_EXP_MGMT_SETTINGS.get(settings) or ConfigParser.load_config_files(settings)
+    return set(known.get("configs", {}))
 
 
 def check_device(device: torch.device | str) -> None:

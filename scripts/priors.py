@@ -67,7 +67,7 @@ class Prior(ABC):
         _check_whole("seed", seed, 0)
         if not isinstance(truncation, int | float) or not 0 <= truncation < math.inf:
             raise InputError(f"'truncation' is {truncation!r}; give 0 (the mean) or a positive number.")
-        state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
+        state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) >> 1
         return self.mean + truncation * self._deviation(torch.Generator().manual_seed(state))
 
     @abstractmethod

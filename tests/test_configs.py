@@ -246,3 +246,12 @@ def test_a_single_scan_can_be_evaluated(run_bundle: Run, trained: Path, tmp_path
         "--weights", str(trained / "model.pt"), "--device", "cpu", *TINY_NETWORK,
     )  # fmt: skip
     assert {"model", "identity", "trilinear", "dct"} <= set(pd.read_csv(tmp_path / "out" / "metrics.csv")["system"])
+
+
+def test_files_are_small_enough_for_the_zoo() -> None:
+    """25 MB a file, of those that git knows."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert files and all(file.stat().st_size <= 25e6 for file in files if file.is_file())

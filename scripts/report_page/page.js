@@ -151,10 +151,11 @@ async function startViewer(root) {
 
   function layOut() {
     const [x, y, z] = [1, 2, 3].map((i) => volumes[0].hdr.dims[i] * volumes[0].hdr.pixDims[i]);
-    const ratio = narrow.matches ? (x + x + y) / Math.max(y, z) : Math.max(x, y) / (y + z + z);
+    const row = narrow.matches || panes.length === 1;
+    const ratio = row ? (x + x + y) / Math.max(y, z) : Math.max(x, y) / (y + z + z);
     for (const { nv, frame } of panes) {
       frame.style.aspectRatio = String(ratio);
-      nv.setMultiplanarLayout(narrow.matches ? ROW : COLUMN);
+      nv.setMultiplanarLayout(row ? ROW : COLUMN);
       nv.resizeListener();
     }
   }
@@ -230,7 +231,7 @@ async function openPane(parent, name) {
   figure.append(caption, frame);
   parent.append(figure);
   const nv = new window.niivue.Niivue({
-    backColor: [0, 0, 0, 1], crosshairColor: [1, 0.83, 0.3, 0.6], crosshairGap: 6, crosshairWidth: 0.5,
+    backColor: [0, 0, 0, 1], crosshairColor: [1, 0.83, 0.3, 0.6], crosshairWidth: 0.5,
     fontColor: [1, 0.83, 0.3, 1], isColorbar: false,
     isRadiologicalConvention: false, loadingText: "", logLevel: "error", multiplanarShowRender: 0,
     sagittalNoseLeft: true, dragMode: 0, isOrientationTextVisible: true, isNearestInterpolation: false,

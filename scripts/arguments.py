@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.bundle import ConfigParser, run
@@ -56,7 +57,7 @@ def _tracking_keys(argv: Sequence[str]) -> set[str]:
     if "--tracking" not in words[:-1]:
         return set()
     settings = words[words.index("--tracking") + 1]
-    known = DEFAULT_EXP_MGMT_SETTINGS.get(settings) or ConfigParser.load_config_files(settings)
+    known: dict[str, Any] = DEFAULT_EXP_MGMT_SETTINGS.get(settings) or ConfigParser.load_config_files(settings)
     return set(known.get("configs", {}))
 
 

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from scripts.distributed import gathered
 from scripts.errors import InputError
 from scripts.files import replacing
 from scripts.networks import UNREADABLE
@@ -72,8 +74,29 @@ class RunCheckpoint:
             The number of epochs already done.
 
         Raises:
-            InputError: the folder holds a run and `resume` is False; or no checkpoint fits or can be read.
+            InputError: the folder holds a run and `resume` is False; or no checkpoint fits or can be read; or the
+                processes of the run do not see the same folder.
         """
+        epoch = self._start(resume)
+        epochs = gathered(epoch)
+        if len(set(epochs)) > 1:
+            seen = ", ".join(map(str, epochs))
+            raise InputError(
+                f"the processes found checkpoints of different epochs ({seen}) in {self.folder}; "
+                "all machines must share 'output_dir'."
+            )
+        return epoch
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether epochs are left to train; none are where early stopping has ended the run."""
+        state = self._engines()[0].state
+        stopping = None if self.early_stop is None else self.early_stop._handler
+        if stopping is not None and stopping.counter >= stopping.patience:
+            return False
+        return state.epoch < state.max_epochs
+
+    def _start(self, resume: bool) -> int:
         found = self._found()
         if not resume:
             if found:
@@ -97,15 +120,6 @@ class RunCheckpoint:
         print(f"{self.folder} holds no checkpoint yet: starting from the beginning")
         return 0
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether epochs are left to train; none are where early stopping has ended the run."""
-        state = self._engines()[0].state
-        stopping = None if self.early_stop is None else self.early_stop._handler
-        if stopping is not None and stopping.counter >= stopping.patience:
-            return False
-        return state.epoch < state.max_epochs
-
     def _found(self) -> dict[int, Path]:
         matches = {path: PATTERN.fullmatch(path.name) for path in self.folder.glob("epoch_*.pt")}
         return {int(match.group(1)): path for path, match in matches.items() if match}
@@ -117,6 +131,13 @@ class RunCheckpoint:
 
     def _load(self, content: dict[str, Any], path: Path) -> None:
         trainer, evaluator = self._engines()
+        before, now = content.get("processes", 1), idist.get_world_size()
+        if content["epoch_length"] != trainer.state.epoch_length and before != now:
+            raise InputError(
+                f"{path} was made by {before} processes with {content['epoch_length']} steps an epoch, this run of "
+                f"{now} has {trainer.state.epoch_length}; start as many processes as before, or change 'batch_size' "
+                "so that the steps are as many."
+            )
         if content["epoch_length"] != trainer.state.epoch_length:
             raise InputError(
                 f"{path} was made with {content['epoch_length']} steps an epoch, this run has "
@@ -149,6 +170,7 @@ class RunCheckpoint:
         content = {
             "epoch": epoch,
             "epoch_length": engine.state.epoch_length,
+            "processes": idist.get_world_size(),
             "objects": {name: item.state_dict() for name, item in self.objects.items()},
             "best_metric": float(evaluator.state.best_metric),
             "best_metric_epoch": evaluator.state.best_metric_epoch,

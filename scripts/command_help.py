@@ -26,9 +26,9 @@ JOBS = ("train", "evaluate", "inference", "encode", "decode", "sample")
 NOT_OVERLAYS = ("metadata", *JOBS)
 HEAD = """# Every key
 
-What each config lets you change on the command line (`--key value`) or in a config of your own, with its default. This page
-is made from the configs by `python -m scripts.command_help write`; `python -m scripts.command_help show --job train` prints
-one job's keys.
+What each config lets you change on the command line (`--key value`) or in a config of your own, with its default. This
+page is made from the configs by `python -m scripts.command_help write`; `python -m scripts.command_help show --job
+train` prints one job's keys.
 
 A default that begins with `$` is computed; `@` stands for another key. Values inside a block are reached with `#`:
 `--network_def#channels "[16, 32, 64]"`, `--optimizer#weight_decay 0.01`, `--train#trainer#max_epochs 5`.

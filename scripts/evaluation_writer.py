@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from scripts.baselines import Baseline
 from scripts.cases import Case, Cases
 from scripts.comparison import Peer, paired_differences
+from scripts.distributed import gathered, joined_shares
 from scripts.files import file_sha256, replacing
 from scripts.job_reports import FILE_NAME, evaluation_report
 from scripts.latent_statistics import ActiveUnits, kl_per_value
@@ -37,6 +39,7 @@ class EvaluationWriter:
     Systems: `model` (the posterior mean), the peers, `identity` (preprocessing, its inverse and preprocessing again:
     what the protocol alone costs) and the baselines. Writes `metrics.csv` (one line a volume and system),
     `summary.json`, `paired.csv` (each system against the model), `table.txt` and `report.html`, and prints the table.
+    In several processes each measures its own scans (`share_of_rank`); the first writes, in the cohort's order.
 
     Args:
         output_dir: where to write.
@@ -67,7 +70,7 @@ class EvaluationWriter:
         self.training = training
         self.split, self.weights = split, weights
         self.peers = list(peers)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[list[dict[str, Any]]] = []  # by volume
         self.active_units = ActiveUnits()
         self.cases = Cases()
 
@@ -101,24 +104,44 @@ class EvaluationWriter:
             shown |= {peer.name: _plain(peer(record["name"], image))[None] for peer in self.peers}
             systems = {**shown, "identity": _plain(self._identity(image))[None]}
             systems |= {code.name: code(x) for code in self.baselines}
+            self.rows.append([])
             for system, y in systems.items():
                 row = reconstruction_metrics(x, y, self.lpips)
                 if system == "model":
                     row["kl"] = float(kl_per_value(mu, logvar))
                     self.cases.add(-row[RANKED_BY], partial(_case, record["name"], image, shown, mu))
-                self.rows.append({**base, "system": system, **row})
+                self.rows[-1].append({**base, "system": system, **row})
 
     def _identity(self, image: MetaTensor) -> torch.Tensor:
         """The volume sent home to its source grid and brought back (all transforms after the loading)."""
         home = self.preprocessing.inverse({"image": image})
         return Compose(self.preprocessing.transforms[1:])(home)["image"]
 
+    def _collect(self) -> tuple[list[dict[str, Any]], ActiveUnits, Cases]:
+        """What all processes have measured, as if one had: rows in the cohort's order, active units, cases."""
+        rows = [row for volume in joined_shares(self.rows) for row in volume]
+        active_units, cases = ActiveUnits(), Cases()
+        for share in gathered(self.active_units):
+            active_units.merge(share)
+        kept = [
+            ((number, rank), found)  # sorts as the cohort does: a round of shares after the other
+            for rank, share in enumerate(gathered(self.cases.kept))
+            for number, found in share.items()
+        ]
+        for _, (badness, case) in sorted(kept, key=lambda item: item[0]):
+            cases.add(badness, partial(replace, case))
+        return rows, active_units, cases
+
     def _finish(self, engine: Engine) -> None:
-        table = pd.DataFrame(self.rows)
+        rows, active_units, cases = self._collect()
+        if engine.state.rank == 0:
+            self._write(pd.DataFrame(rows), active_units, cases)
+
+    def _write(self, table: pd.DataFrame, active_units: ActiveUnits, cases: Cases) -> None:
         summaries = {
             str(system): summarise(
                 [dict(row) for _, row in rows.dropna(axis=1, how="all").iterrows()],
-                self.active_units.share() if system == "model" else None,
+                active_units.share() if system == "model" else None,
             )
             for system, rows in table.groupby("system", sort=False)
         }
@@ -137,10 +160,8 @@ class EvaluationWriter:
             temporary.write_text(json.dumps({**about, "command": command, "systems": summaries}, indent=2) + "\n")
         with replacing(self.output_dir / "table.txt") as temporary:
             temporary.write_text(text + "\n")
-        cases = self.cases.result()
-        evaluation_report(
-            self.output_dir, table, summary_frame(summaries), paired, cases, RANKED_BY, sha256, self.split
-        )
+        shown, summary = cases.result(), summary_frame(summaries)
+        evaluation_report(self.output_dir, table, summary, paired, shown, RANKED_BY, sha256, self.split)
         written = f"metrics.csv, paired.csv, summary.json, table.txt, {FILE_NAME}"
         print(f"\n{text}\n\nwritten to {self.output_dir}: {written}", flush=True)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.distributed import mean_over_ranks
 from scripts.errors import InputError
 from scripts.files import replacing
 from scripts.losses import VAELoss
@@ -128,19 +130,21 @@ class GradientClip:
 
 
 class LossBar:
-    """Ignite's progress bar of an epoch, with the loss and the time left."""
+    """Ignite's progress bar of an epoch, with the loss and the time left; in several processes that of the first."""
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        ProgressBar(persist=False).attach(engine, output_transform=_loss_of)
+        if idist.get_rank() == 0:
+            ProgressBar(persist=False).attach(engine, output_transform=_loss_of)
 
 
 class ScanBar:
-    """Ignite's progress bar over the scans of an evaluation or a reconstruction."""
+    """Ignite's progress bar over the scans of an evaluation; in several processes over the share of the first."""
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
-        ProgressBar(persist=False, desc="scans").attach(engine)
+        if idist.get_rank() == 0:
+            ProgressBar(persist=False, desc="scans").attach(engine)
 
 
 class TrainingLog:
@@ -148,7 +152,7 @@ class TrainingLog:
 
     The columns are the epoch, the means over its steps of the learning rate, the loss, its unweighted terms and the
     gradient's norm, and the metrics of a validation where one ran. A resumed run drops the lines of the epochs
-    that it repeats.
+    that it repeats. In several processes the terms are means over them, and the first writes.
 
     Args:
         loss: the loss, whose `parts` hold the terms of the last step.
@@ -156,7 +160,7 @@ class TrainingLog:
         clip: the gradient clipping, for the norm.
         evaluator: the validation, or None.
         path: where to write `metrics.csv`.
-        writer: TensorBoard's writer.
+        writer: TensorBoard's writer; used in the first process only.
     """
 
     def __init__(
@@ -182,10 +186,10 @@ class TrainingLog:
         self.steps = []
 
     def _step(self, engine: Engine) -> None:
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        parts = mean_over_ranks({"learning_rate": learning_rate, **self.loss.parts, "gradient_norm": self.clip.norm})
         if engine.state.rank != 0:
             return
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        parts = {"learning_rate": learning_rate, **self.loss.parts, "gradient_norm": self.clip.norm}
         self.steps.append(parts)
         for name, value in parts.items():
             self.writer.add_scalar(f"step/{name}", value, engine.state.iteration)
@@ -218,7 +222,7 @@ class PictureLog:
     """One picture an epoch in TensorBoard: original, reconstruction and difference of the first validation scan.
 
     Args:
-        writer: TensorBoard's writer.
+        writer: TensorBoard's writer; used in the first process only.
         spacing: voxel size of model space in mm.
     """
 
@@ -241,4 +245,4 @@ class PictureLog:
 
 
 def _loss_of(output: Any) -> dict[str, float]:
-    return {"loss": output["loss"].item()}
+    return {"loss": float(output[0]["loss"])}  # the same in every item of a decollated batch

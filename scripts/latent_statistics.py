@@ -106,9 +106,16 @@ class LatentStatistics:
     def update(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
         """Add one volume's posterior, both (C, D, H, W), any float type."""
         self._positions.update(mu[None])
-        sigma2 = logvar.double().exp().flatten(1).mean(1)
+        sigma2 = logvar.double().exp().flatten(1).mean(1).cpu()
         self._sigma2 = sigma2 if self._positions.n == 1 else self._sigma2 + sigma2
         self._kl += float(kl_per_value(mu[None], logvar[None]))
+
+    def merge(self, other: LatentStatistics) -> None:
+        """Add what another instance has seen, such as another process's share of the set."""
+        if other._positions.n:
+            self._sigma2 = other._sigma2 if self._positions.n == 0 else self._sigma2 + other._sigma2
+            self._positions.merge(other._positions)
+            self._kl += other._kl
 
     def result(self) -> dict[str, Any]:
         """The statistics, ready for JSON.

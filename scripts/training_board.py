@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from scripts.distributed import gathered
 from scripts.latent_statistics import LatentStatistics
 
 __all__ = ["LatentLog", "RunBoard", "latent_scalars"]
@@ -50,10 +51,10 @@ class LatentLog:
 
     The evaluator keeps mu and logvar (`posterior_iteration`), so nothing is encoded twice. Three of the figures join
     the evaluator's metrics: `val_kl`, `val_z_sd` and, with two scans or more, `val_active_units`. In several
-    processes they are those of the first process's share of the scans.
+    processes they are those of all their scans, and the histograms those of the first scan of all.
 
     Args:
-        writer: TensorBoard's writer.
+        writer: TensorBoard's writer; used in the first process only.
     """
 
     def __init__(self, writer: SummaryWriter) -> None:
@@ -70,19 +71,20 @@ class LatentLog:
         self.statistics = LatentStatistics()
 
     def _scan(self, engine: Engine) -> None:
-        if engine.state.rank != 0:
-            return
         for output in engine.state.output:
             self.statistics.update(output["mu"].detach(), output["logvar"].detach())
+        if engine.state.rank != 0:
+            return
         if engine.state.iteration == 1:  # one scan shows the shape of the distribution; all would have to be kept
             for channel, mu in enumerate(engine.state.output[0]["mu"].detach().float().cpu()):
                 self.writer.add_histogram(f"mu/channel_{channel}", np.asarray(mu), engine.state.epoch)
 
     def _validation(self, engine: Engine) -> None:
-        if engine.state.rank != 0:
-            return
-        scalars = latent_scalars(self.statistics.result())
-        for tag, value in scalars.items():
+        statistics = LatentStatistics()
+        for share in gathered(self.statistics):
+            statistics.merge(share)
+        scalars = latent_scalars(statistics.result())
+        for tag, value in scalars.items() if engine.state.rank == 0 else ():
             self.writer.add_scalar(tag, value, engine.state.epoch)
         for name in ("kl", "active_units", "z_sd"):
             if f"latent/{name}" in scalars:
@@ -96,7 +98,7 @@ class RunBoard:
     A resumed run repeats them; TensorBoard keeps those that it read first.
 
     Args:
-        writer: TensorBoard's writer.
+        writer: TensorBoard's writer; used in the first process only.
         evaluator: MONAI's evaluator, for its best key metric.
         hyperparameters: name to value; what is neither a number nor a text is written as text.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +101,7 @@ def build(
     ]  # fmt: skip
     trainer = SupervisedTrainer(
         CPU, epochs, loader, network, optimizer, loss, prepare_batch=prepare_batch, inferer=SimpleInferer(),
-        train_handlers=handlers, decollate=False,
+        train_handlers=handlers,
     )  # fmt: skip
     objects = {"network": network, "ema": ema.ema_model, "optimizer": optimizer, "lr_scheduler": schedule}
     checkpoint = RunCheckpoint(str(folder / "checkpoints"), objects, ema.ema_model, str(folder))
@@ -271,6 +272,31 @@ def test_changed_epoch_is_refused(whole):
     """Another number of steps an epoch means another cohort or batch size."""
     with pytest.raises(InputError, match="made with 3 steps an epoch, this run has 4; use the same cohort"):
         build(whole.folder, scans=8).checkpoint.start(True)
+
+
+@pytest.mark.parametrize(("scans", "fits"), [(6, True), (8, False)])
+def test_other_number_of_processes(whole, tmp_path, scans, fits):
+    """Goes on where the steps an epoch are as many, else both numbers are named; old checkpoints are of one process."""
+    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "epoch_0004.pt"
+    content = torch.load(path, weights_only=True)
+    assert content["processes"] == 1
+    torch.save({**content, "processes": 2}, path)
+    if fits:
+        assert build(tmp_path, scans=scans).checkpoint.start(True) == 4
+    else:
+        with pytest.raises(InputError, match="by 2 processes with 3 steps an epoch, this run of 1 has 4; start as"):
+            build(tmp_path, scans=scans).checkpoint.start(True)
+    del content["processes"]
+    torch.save(content, path)
+    assert build(tmp_path).checkpoint.start(True) == 4
+
+
+def test_machines_that_do_not_share_the_folder_are_told(whole, monkeypatch):
+    """One process has found a checkpoint that another has not."""
+    monkeypatch.setattr("scripts.checkpoints.gathered", lambda epoch: [epoch, 0])
+    with pytest.raises(InputError, match=r"different epochs \(4, 0\) in .*all machines must share 'output_dir'"):
+        build(whole.folder).checkpoint.start(True)
 
 
 @pytest.mark.parametrize(("change", "name"), [({"width": 6}, "network"), ({"adam": True}, "optimizer")])

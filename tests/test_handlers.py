@@ -84,7 +84,7 @@ def build(
     )  # fmt: skip
     run.trainer = SupervisedTrainer(
         CPU, epochs, loader, run.network, run.optimizer, run.loss, prepare_batch=prepare_batch,
-        inferer=SimpleInferer(), train_handlers=handlers(run), decollate=False, epoch_length=epoch_length,
+        inferer=SimpleInferer(), train_handlers=handlers(run), epoch_length=epoch_length,
     )  # fmt: skip
     return run
 
@@ -160,7 +160,9 @@ def test_epoch_draws_the_same_whatever_ran_before(workers):
 
         def look(engine: Engine) -> None:
             draws = [random.random(), np.random.rand(), torch.rand(1).item()]
-            seen.setdefault((start, engine.state.epoch), []).append([engine.state.batch["image"].sum().item(), *draws])
+            seen.setdefault((start, engine.state.epoch), []).append(
+                [[x["image"].sum().item() for x in engine.state.batch], *draws]
+            )
 
         run.trainer.add_event_handler(Events.ITERATION_COMPLETED, look)
         run.trainer.run()
@@ -181,7 +183,9 @@ def test_epoch_has_its_own_batches(epoch_length):
     run = build(6, lambda run: [EpochSeed(0)], epoch_length=epoch_length)
     run.trainer.add_event_handler(
         Events.ITERATION_COMPLETED,
-        lambda engine: seen.setdefault(engine.state.epoch, []).append(engine.state.batch["index"].tolist()),
+        lambda engine: seen.setdefault(engine.state.epoch, []).append(
+            [int(item["index"]) for item in engine.state.batch]
+        ),
     )
     run.trainer.run()
     sampler = batch_sampler([{}] * 4, 2, False, 0)

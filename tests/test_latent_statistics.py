@@ -70,6 +70,23 @@ def test_streaming_is_two_pass(case: str) -> None:
         assert found["active_units"] is None
 
 
+def test_shares_merge_to_the_whole() -> None:
+    """Three shares, one of them empty, give the figures of one pass, to the rounding of float64."""
+    mu, logvar = posteriors(7, (4, 3, 4, 3), torch.float32)
+    merged = LatentStatistics()
+    for share in (slice(0, 7, 2), slice(7, 7), slice(1, 7, 2)):
+        part = LatentStatistics()
+        for one_mu, one_logvar in zip(mu[share], logvar[share], strict=True):
+            part.update(one_mu, one_logvar)
+        merged.merge(part)
+    found, expected = merged.result(), streamed(mu, logvar)
+    assert found["n"] == 7 and found["active_units"] == expected["active_units"]
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-12)
+    for name in ("mu", "z"):
+        for key, value in expected[name].items():
+            assert found[name][key] == pytest.approx(value, rel=1e-12)
+
+
 def test_the_scale_factor_is_that_of_drawn_samples() -> None:
     """z = mu + sigma eps, drawn: its sd times the scale factor is 1 within the error of 8,000 draws a channel."""
     mu, logvar = posteriors(50, (2, 4, 5, 4), torch.float32)

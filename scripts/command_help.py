@@ -23,7 +23,7 @@ __all__ = ["JOBS", "job_keys", "keys_page", "show", "write"]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "keys.md"
 JOBS = ("train", "evaluate", "inference", "encode", "decode", "sample")
-NOT_OVERLAYS = ("metadata", *JOBS)
+NOT_OVERLAYS = ("metadata", "tracking", *JOBS)
 HEAD = """# Every key
 
 What each config lets you change on the command line (`--key value`) or in a config of your own, with its default. This

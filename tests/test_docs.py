@@ -28,12 +28,15 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 PAGES = [
     "cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss", "report",
-    "tensorboard", "python", "other_weights", "zoo", "multi_gpu",
+    "tensorboard", "python", "other_weights", "zoo", "multi_gpu", "tracking",
 ]  # fmt: skip
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 OVERLAYS = ["finetune", "recipe"]
-NOT_KEYS = {"config_file", "logging_file", "meta_file", "run_id"}  # arguments of `monai.bundle run` itself
+# Arguments of `monai.bundle run` itself, and keys that its `--tracking` adds.
+NOT_KEYS = {
+    "config_file", "logging_file", "meta_file", "run_id", "tracking", "tracking_uri", "experiment_name", "run_name",
+}  # fmt: skip
 FOLDER = "/path/to/brain_t1_vae"
 TINY_PAGES = {  # what the first bundle command of a page gets besides the tiny network
     "train": ["--epochs", "1", "--perceptual_weight", "0"],

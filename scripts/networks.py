@@ -47,7 +47,8 @@ class BrainVAE(AutoencoderKL):
 
     Arguments are those of `AutoencoderKL`. In training mode `forward` returns `(recon, mu, sigma)` with `recon`
     decoded from one sample of the posterior, in eval mode and under TorchScript the tensor decoded from the
-    posterior mean. `encode` and `decode` are exported to TorchScript (attention blocks cannot be scripted; `scripts.export` traces them).
+    posterior mean. `encode` and `decode` are exported to TorchScript; attention blocks cannot be scripted, and
+    `scripts.export` traces them.
 
     Shapes for the default strides: image (B, 1, D, H, W) with sides that are multiples of 4, latent
     (B, 4, D/4, H/4, W/4). `logvar` is 2 ln sigma and lies within [-30, 20].

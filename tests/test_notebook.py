@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -159,6 +160,7 @@ def test_committed_run_is_of_the_shipped_weights(committed: nbformat.NotebookNod
 
 def write_anew(path: Path) -> None:
     """Execute the notebook in place, leaving out what changes from machine to machine."""
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, where Jupyter's widgets are not installed
     notebook = execute(nbformat.read(path, as_version=4))
     notebook.metadata.language_info = {"name": "python"}
     nbformat.write(notebook, path)

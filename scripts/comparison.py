@@ -21,6 +21,7 @@ from monai.transforms import LoadImage, Orientation, ResampleToMatch
 from scipy.stats import ttest_rel, wilcoxon
 from torch import nn
 
+from scripts.baselines import BASELINES
 from scripts.engines import AutocastInferer
 from scripts.errors import InputError
 from scripts.networks import load_weights
@@ -28,7 +29,7 @@ from scripts.transforms import FACTOR_KEY
 
 __all__ = ["Peer", "PeerFolder", "PeerWeights", "paired_differences", "read_peers"]
 
-RESERVED = ("model", "identity", "trilinear", "dct", "patch_pca")
+RESERVED = ("model", "identity", *BASELINES)
 NIFTI = (".nii", ".nii.gz")
 
 

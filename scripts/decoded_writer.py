@@ -12,7 +12,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from monai.transforms import Compose
 
@@ -23,7 +22,7 @@ from scripts.latents import ENDING, read_header
 from scripts.picture_strips import volume_strip
 from scripts.pictures import mosaic, save_png, to_ras
 from scripts.source_grid import SourceGrid
-from scripts.writers import write_nifti
+from scripts.writers import plain_volume, write_nifti
 
 __all__ = ["DecodedWriter", "model_space_image"]
 
@@ -87,7 +86,7 @@ class DecodedWriter:
 
     def _volumes(self, engine: Engine) -> None:
         for record, output in zip(engine.state.batch, engine.state.output, strict=True):
-            volume = output["pred"].detach().as_subclass(torch.Tensor).float().cpu()[0]
+            volume = plain_volume(output["pred"]).cpu()[0]
             grid = SourceGrid.of_header(_header(record))
             path = self.output_dir / f"{record['name']}_decoded.nii.gz"
             if grid is not None and self.space != "model":

@@ -26,6 +26,7 @@ from scripts.latent_statistics import ActiveUnits, kl_per_value
 from scripts.metrics import COLUMNS, format_paired, format_table, reconstruction_metrics, summarise, summary_frame
 from scripts.pictures import to_ras
 from scripts.provenance import command_line
+from scripts.writers import plain_volume
 
 __all__ = ["EvaluationWriter"]
 
@@ -99,10 +100,10 @@ class EvaluationWriter:
             mu, logvar = output["mu"][None], output["logvar"][None]
             self.active_units.update(mu)
             base = {key: record.get(key, "") for key in RECORD_COLUMNS}
-            x = _plain(image)[None]
-            shown = {"model": _plain(pred)[None]}
-            shown |= {peer.name: _plain(peer(record["name"], image))[None] for peer in self.peers}
-            systems = {**shown, "identity": _plain(self._identity(image))[None]}
+            x = plain_volume(image)[None]
+            shown = {"model": plain_volume(pred)[None]}
+            shown |= {peer.name: plain_volume(peer(record["name"], image))[None] for peer in self.peers}
+            systems = {**shown, "identity": plain_volume(self._identity(image))[None]}
             systems |= {code.name: code(x) for code in self.baselines}
             self.rows.append([])
             for system, y in systems.items():
@@ -168,10 +169,6 @@ class EvaluationWriter:
 
 def _case(name: str, image: MetaTensor, systems: dict[str, torch.Tensor], mu: torch.Tensor) -> Case:
     affine = image.affine.numpy()
-    volume, spacing = to_ras(_plain(image)[0].cpu().numpy(), affine)
+    volume, spacing = to_ras(plain_volume(image)[0].cpu().numpy(), affine)
     recons = {system: to_ras(y[0, 0].cpu().numpy(), affine)[0] for system, y in systems.items()}
     return Case.of_volumes(name, volume, recons, spacing, mu=mu[0].cpu().numpy())
-
-
-def _plain(volume: torch.Tensor) -> torch.Tensor:
-    return volume.detach().as_subclass(torch.Tensor).float()

@@ -80,7 +80,7 @@ def evaluation_report(
         )
         chosen = {"system": "", "figure": ranked_by}
         report.add_table("Paired comparison", paired, list(chosen), chosen, notes=NOTES, text=text)
-    group = next((name for name in ("label", "split") if model[name].nunique() > 1), "")
+    group = _group(model)
     columns = [column for column in COLUMNS if column in model and model[column].notna().any()]
     by = f", by {group}" if group else ""
     report.add_charts("Distributions", distribution_charts(model, columns, group), f"One point a volume{by}.")
@@ -89,12 +89,7 @@ def evaluation_report(
         better = {column: COLUMNS[column] for column in columns if column != "kl"}
         text = "How large a share of the volumes reaches a figure: the farther up at a place, the better the system."
         report.add_charts("Against the baselines", cumulative_charts(rows, better, systems), text)
-    filters = ["system", "split", "label"]
-    shown = rows.drop(columns=[name for name in ("session", "label") if (rows[name] == "").all()])
-    report.add_table(
-        "All volumes", shown, [f for f in filters if f in shown], {"system": "model"}, COLUMNS, NOTES,
-        "Choose a column's name to sort by it.",
-    )  # fmt: skip
+    _add_volumes(report, rows, {"system": "model"}, COLUMNS, "Choose a column's name to sort by it.")
     _add_cases(report, cases, f"ranked by {ranked_by}")
     report.write(folder / FILE_NAME)
 
@@ -134,14 +129,12 @@ def encoding_report(
     units = statistics["active_units"]
     text = f"KL {statistics['kl']:.4g} nats a value; active units {'-' if units is None else f'{units:.3f}'}."
     report.add_table("Channels", channels, text=text)
-    group = next((name for name in ("label", "split") if rows[name].nunique() > 1), "")
     columns = ["kl", "mean of mu", "sd of mu"]
-    report.add_charts("Distributions", distribution_charts(rows, columns, group), "One point a volume.")
+    report.add_charts("Distributions", distribution_charts(rows, columns, _group(rows)), "One point a volume.")
     shape = statistics["shape"]
     pictures = [(f"{name}, mu of {shape}", latent_strip(mu, title=name)) for name, mu in shown]
     report.add_pictures("Latent channels", pictures, LATENT_TEXT)
-    kept = rows.drop(columns=[name for name in ("session", "label") if (rows[name] == "").all()])
-    report.add_table("All volumes", kept, [f for f in ("split", "label") if f in kept], notes=NOTES)
+    _add_volumes(report, rows)
     report.write(folder / FILE_NAME)
 
 
@@ -199,6 +192,24 @@ def training_report(output_dir: str, weights: str) -> None:
             )
     report.add_table("All epochs", frame, better={"val_l1": False})
     report.write(Path(output_dir) / FILE_NAME)
+
+
+def _group(rows: pd.DataFrame) -> str:
+    """The column by which volumes are told apart in a chart, "" where there is one kind."""
+    return next((name for name in ("label", "split") if rows[name].nunique() > 1), "")
+
+
+def _add_volumes(
+    report: Report,
+    rows: pd.DataFrame,
+    initial: Mapping[str, str] | None = None,
+    better: Mapping[str, bool] | None = None,
+    text: str = "",
+) -> None:
+    """The table of all volumes, without the columns of the record that are empty; see `Report.add_table`."""
+    shown = rows.drop(columns=[name for name in ("session", "label") if (rows[name] == "").all()])
+    filters = [name for name in ("system", "split", "label") if name in shown]
+    report.add_table("All volumes", shown, filters, initial, better, NOTES, text)
 
 
 def _add_cases(report: Report, cases: Sequence[tuple[str, Case]], ranked: str) -> None:

@@ -24,7 +24,7 @@ from scripts.job_reports import FILE_NAME, reconstruction_report
 from scripts.pictures import recon_panel, save_png, to_ras
 from scripts.transforms import FACTOR_KEY, count_outside, outside_model_space
 
-__all__ = ["ReconstructionWriter", "write_nifti"]
+__all__ = ["ReconstructionWriter", "plain_volume", "write_nifti"]
 
 
 class ReconstructionWriter:
@@ -57,13 +57,13 @@ class ReconstructionWriter:
 
     def _volumes(self, engine: Engine) -> None:
         for record, output in zip(engine.state.batch, engine.state.output, strict=True):
-            self._write(record, output["image"], _plain(output["pred"])[0].cpu().numpy())
+            self._write(record, output["image"], plain_volume(output["pred"])[0].cpu().numpy())
             if "pred_model_space" in output:
                 image = output["image"]
                 grid = nib.Nifti1Image(np.zeros(image.shape[1:], np.uint8), np.asarray(image.affine))
                 grid.header.set_xyzt_units("mm", "sec")
                 for key, ending in (("image", "model_space"), ("pred_model_space", "model_space_recon")):
-                    volume = _plain(output[key])[0].cpu().numpy()
+                    volume = plain_volume(output[key])[0].cpu().numpy()
                     write_nifti(volume, grid, self.output_dir / f"{record['name']}_{ending}.nii.gz")
 
     def _write(self, record: dict[str, Any], image: MetaTensor, recon: np.ndarray) -> None:
@@ -127,5 +127,6 @@ def write_nifti(volume: np.ndarray, source: nib.spatialimages.SpatialImage, path
         nib.save(image, temporary)
 
 
-def _plain(volume: torch.Tensor) -> torch.Tensor:
+def plain_volume(volume: torch.Tensor) -> torch.Tensor:
+    """The volume as a plain float32 tensor, without a graph and without MetaTensor's bookkeeping."""
     return volume.detach().as_subclass(torch.Tensor).float()

@@ -2,8 +2,9 @@
 
 Every config builds `BrainVAE`; training unpacks `(recon, mu, sigma)`, everything else (evaluators, MONAI Label,
 exports) gets one tensor. Constructor arguments and state-dict keys are MONAI's, so weights move between the two
-classes in both directions. The one addition is exact arithmetic: nearest-neighbour upsampling followed by a 3x3x3
-convolution is computed as one transposed convolution, with the kernel folded on the fly from the trained weights.
+classes in both directions. The one addition is faster exact arithmetic: nearest-neighbour upsampling followed by a
+3x3x3 convolution is computed as one transposed convolution, with the kernel folded on the fly from the trained weights,
+and a group normalisation together with its SiLU (`scripts.group_norm`).
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import torch
 import torch.nn.functional as F
 from monai.networks.blocks import UpSample
 from monai.networks.nets import AutoencoderKL
+from monai.networks.nets.autoencoderkl import AEKLResBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from scripts.errors import InputError
+from scripts.group_norm import GroupNormSiLU
 
 __all__ = [
     "UNREADABLE",
     "BrainVAE",
     "FoldedUpsample",
+    "ResBlock",
     "load_state",
     "load_weights",
     "read_state_dict",
@@ -59,10 +63,14 @@ class BrainVAE(AutoencoderKL):
 
     def __init__(self, *args, **kwargs) -> None:  # MONAI's own signature, forwarded whole
         super().__init__(*args, **kwargs)
-        blocks: Any = self.decoder.blocks
-        for index, block in enumerate(blocks):
-            if FoldedUpsample.replaces(block):
-                blocks[index] = FoldedUpsample(block)
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if FoldedUpsample.replaces(child):
+                    setattr(module, name, FoldedUpsample(child))
+                elif isinstance(child, AEKLResBlock):
+                    setattr(module, name, ResBlock(child))
+                elif isinstance(child, nn.GroupNorm) and not isinstance(module, AEKLResBlock):
+                    setattr(module, name, GroupNormSiLU(child, silu=False))
 
     @torch.jit.export
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,6 +122,27 @@ class BrainVAE(AutoencoderKL):
         if self.use_checkpoint and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
         return part(x)
+
+
+class ResBlock(nn.Module):
+    """MONAI's `AEKLResBlock` whose SiLUs are computed with the normalisations; the same parameters and names.
+
+    Args:
+        block: the block whose layers are taken.
+    """
+
+    def __init__(self, block: AEKLResBlock) -> None:
+        super().__init__()
+        self.norm1 = GroupNormSiLU(block.norm1, silu=True)
+        self.conv1 = block.conv1
+        self.norm2 = GroupNormSiLU(block.norm2, silu=True)
+        self.conv2 = block.conv2
+        self.nin_shortcut = block.nin_shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) to (B, C', D, H, W)."""
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return h.add_(self.nin_shortcut(x))  # in place: no layer's backward pass needs its convolution's output
 
 
 class FoldedUpsample(nn.Module):

@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import nn
 
+from scripts.group_norm import GroupNormSiLU
 from scripts.networks import FoldedUpsample
 
 __all__ = ["StagedGroupNorm", "for_onnxruntime"]
@@ -52,8 +53,9 @@ def for_onnxruntime(network: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, FoldedUpsample):
                 setattr(module, name, nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), child.postconv))
-            elif isinstance(child, nn.GroupNorm):
-                setattr(module, name, StagedGroupNorm(child))
+            elif isinstance(child, GroupNormSiLU):
+                staged = StagedGroupNorm(child)
+                setattr(module, name, nn.Sequential(staged, nn.SiLU()) if child.silu else staged)
     return network
 
 

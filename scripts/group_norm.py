@@ -41,6 +41,8 @@ class GroupNormSiLU(nn.GroupNorm):
         if not torch.jit.is_scripting():  # noqa: SIM102  scripting compiles no condition that calls Python
             if _is_for_chunks(input):
                 return self._in_chunks(input)
+        if input.device.type == "cpu":  # an export of a channels-last network: exact in contiguous memory only
+            input = input.contiguous()
         normalised = F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         return F.silu(normalised) if self.silu else normalised
 

@@ -223,9 +223,10 @@ def _save_torchscript(export: _Export, part: str, file: Path) -> None:
     module = PARTS[part](export.network) if export.traced or part != "whole" else export.network
     inputs = (export.example(part, 1),) if export.traced else None
     script = convert_to_torchscript(module, inputs=inputs, use_trace=export.traced)
-    # As ckpt_export does, for the Deploy App SDK; a part is of no use to it.
-    configs = {Path(name).stem: ConfigParser.load_config_file(name) for name in export.files if part == "whole"}
-    extra = {f"{stem}.json": json.dumps(content).encode() for stem, content in configs.items()}
+    # For the Deploy App SDK, which reads this one name and no overlay; a part is of no use to it.
+    extra = {}
+    if part == "whole":
+        extra["inference.json"] = json.dumps(ConfigParser.load_config_files(export.files)).encode()
     save_net_with_metadata(script, str(file), False, meta_values=_metadata(export, part), more_extra_files=extra)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GroupNormSiLU", "channel_moments", "scale_and_shift"]
+__all__ = ["GroupNormSiLU", "channel_moments", "is_plain_channels_last", "scale_and_shift"]
 
 CHUNK = 2**18  # values; a megabyte in float32, so that the few temporaries of a chunk stay in the second-level cache
 
@@ -39,7 +39,7 @@ class GroupNormSiLU(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, D, H, W), any floating type and memory format, to the same."""
         if not torch.jit.is_scripting():  # noqa: SIM102  scripting compiles no condition that calls Python
-            if _is_for_chunks(input):
+            if is_plain_channels_last(input):
                 return self._in_chunks(input)
         if input.device.type == "cpu":  # an export of a channels-last network: exact in contiguous memory only
             input = input.contiguous()
@@ -52,7 +52,8 @@ class GroupNormSiLU(nn.GroupNorm):
         return output
 
 
-def _is_for_chunks(x: Tensor) -> bool:
+def is_plain_channels_last(x: Tensor) -> bool:
+    """Whether a tensor is one for the ways of channels-last memory on a CPU, outside exports and compilation."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
     channels_last = x.ndim == 5 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last_3d)

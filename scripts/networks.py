@@ -25,12 +25,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scripts.errors import InputError
-from scripts.group_norm import GroupNormSiLU
+from scripts.group_norm import GroupNormSiLU, is_plain_channels_last
 
 __all__ = [
     "UNREADABLE",
     "BrainVAE",
     "FoldedUpsample",
+    "Pointwise",
     "ResBlock",
     "load_state",
     "load_weights",
@@ -137,12 +138,33 @@ class ResBlock(nn.Module):
         self.conv1 = block.conv1
         self.norm2 = GroupNormSiLU(block.norm2, silu=True)
         self.conv2 = block.conv2
-        self.nin_shortcut = block.nin_shortcut
+        shortcut = block.nin_shortcut
+        self.nin_shortcut = shortcut if isinstance(shortcut, nn.Identity) else Pointwise(shortcut)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, D, H, W) to (B, C', D, H, W)."""
         h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return h.add_(self.nin_shortcut(x))  # in place: no layer's backward pass needs its convolution's output
+
+
+class Pointwise(nn.Module):
+    """A 1x1x1 convolution; channels-last on a CPU as the matrix product that it is, which PyTorch makes it seldom.
+
+    Args:
+        block: MONAI's `Convolution` whose layer is taken, under the same name.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.conv = block.conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) to (B, C', D, H, W)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  scripting compiles no condition that calls Python
+            if is_plain_channels_last(x):
+                rows = x.permute(0, 2, 3, 4, 1)
+                return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).permute(0, 4, 1, 2, 3)
+        return self.conv(x)
 
 
 class FoldedUpsample(nn.Module):

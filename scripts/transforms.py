@@ -30,6 +30,7 @@ __all__ = [
     "ScaleByPercentiled",
     "ToModelSpace",
     "ToModelSpaced",
+    "ZeroOutsided",
     "coarse_size",
     "count_outside",
     "outside_model_space",
@@ -178,6 +179,29 @@ def outside_model_space(image: MetaTensor, preprocessing: Compose, key: str = "i
     ones = torch.full(tuple(image.shape), 1.0 / float(image.meta.get(FACTOR_KEY, 1.0)))
     back = Invertd(keys="_ones", transform=preprocessing, orig_keys=key, nearest_interp=False)
     return back({key: image, "_ones": MetaTensor(ones)})["_ones"].as_tensor() < 0.5
+
+
+class ZeroOutsided(MapTransform):
+    """Set to zero what lay outside model space, after `Invertd` has brought a volume back; `outside` is the mask.
+
+    Args:
+        keys: volumes (1, x, y, z) on the scan's grid.
+        transform: the preprocessing that made the image.
+        orig_key: the key of the preprocessed image, with its trace.
+    """
+
+    def __init__(self, keys: KeysCollection, transform: Compose, orig_key: str = "image") -> None:
+        super().__init__(keys)
+        self.transform = transform
+        self.orig_key = orig_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change the volumes in place and add `outside`, bool, (1, x, y, z)."""
+        result = dict(data)
+        result["outside"] = outside_model_space(result[self.orig_key], self.transform, self.orig_key)
+        for key in self.key_iterator(result):
+            result[key][result["outside"].to(result[key].device)] = 0
+        return result
 
 
 def count_outside(source: torch.Tensor, outside: torch.Tensor) -> Outside:

@@ -16,13 +16,12 @@ import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from monai.transforms import Compose
 
 from scripts.cases import Case, Cases
 from scripts.files import replacing
 from scripts.job_reports import FILE_NAME, reconstruction_report
 from scripts.pictures import recon_panel, save_png, to_ras
-from scripts.transforms import FACTOR_KEY, count_outside, outside_model_space
+from scripts.transforms import FACTOR_KEY, count_outside
 
 __all__ = ["ReconstructionWriter", "plain_volume", "write_nifti"]
 
@@ -32,16 +31,15 @@ class ReconstructionWriter:
 
     Args:
         output_dir: where to write.
-        preprocessing: the transform that made the volumes, to tell what lay outside model space.
         weights: the weights file, for its sha256 in the report; "" where it is not known.
 
-    Where postprocessing has kept a copy under `pred_model_space`, `<name>_model_space.nii.gz` and
-    `<name>_model_space_recon.nii.gz` are written too, in units of the scan's own percentile.
+    Postprocessing leaves `pred` on the scan's grid and the mask of `ZeroOutsided`. Where it has kept a copy under
+    `pred_model_space`, `<name>_model_space.nii.gz` and `<name>_model_space_recon.nii.gz` are written too, in units of
+    the scan's own percentile.
     """
 
-    def __init__(self, output_dir: str, preprocessing: Compose, weights: str = "") -> None:
+    def __init__(self, output_dir: str, weights: str = "") -> None:
         self.output_dir = Path(output_dir)
-        self.preprocessing = preprocessing
         self.weights = weights
         self.rows: list[dict[str, Any]] = []
         self.cases = Cases()
@@ -57,7 +55,8 @@ class ReconstructionWriter:
 
     def _volumes(self, engine: Engine) -> None:
         for record, output in zip(engine.state.batch, engine.state.output, strict=True):
-            self._write(record, output["image"], plain_volume(output["pred"])[0].cpu().numpy())
+            recon = plain_volume(output["pred"])[0].cpu().numpy()
+            self._write(record, output["image"], recon, plain_volume(output["outside"])[0].cpu() > 0)
             if "pred_model_space" in output:
                 image = output["image"]
                 grid = nib.Nifti1Image(np.zeros(image.shape[1:], np.uint8), np.asarray(image.affine))
@@ -66,14 +65,12 @@ class ReconstructionWriter:
                     volume = plain_volume(output[key])[0].cpu().numpy()
                     write_nifti(volume, grid, self.output_dir / f"{record['name']}_{ending}.nii.gz")
 
-    def _write(self, record: dict[str, Any], image: MetaTensor, recon: np.ndarray) -> None:
+    def _write(self, record: dict[str, Any], image: MetaTensor, recon: np.ndarray, outside: torch.Tensor) -> None:
         name, source_path = record["name"], Path(image.meta["filename_or_obj"])
         source: Any = nib.load(source_path)
         if recon.shape != source.shape:
             raise RuntimeError(f"{source_path} is {source.shape}, its reconstruction {recon.shape}")
         original = np.asarray(source.dataobj, dtype=np.float32)
-        outside = outside_model_space(image, self.preprocessing)[0].cpu()
-        recon[outside.numpy()] = 0
         n_outside = count_outside(torch.from_numpy(original), outside)
         write_nifti(recon, source, self.output_dir / f"{name}_recon.nii.gz")
         image_ras, spacing = to_ras(original, source.affine)

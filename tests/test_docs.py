@@ -29,7 +29,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 PAGES = [
     "cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss", "report",
     "tensorboard", "python", "other_weights", "zoo", "multi_gpu", "tracking", "export",
-    "federated",
+    "federated", "monai_label", "deploy",
 ]  # fmt: skip
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
@@ -186,9 +186,9 @@ def test_the_table_of_criteria_is_the_check() -> None:
 
 @functools.cache
 def _literals() -> str:
-    """All texts of scripts/, f-strings joined, a NUL where a value is put in."""
+    """All texts of scripts/ and of the examples, f-strings joined, a NUL where a value is put in."""
     texts = []
-    for file in (ROOT / "scripts").glob("*.py"):
+    for file in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "docs").glob("*/*.py")]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
@@ -201,7 +201,7 @@ def _literals() -> str:
 
 @pytest.mark.parametrize(("page", "message"), MESSAGES)
 def test_a_quoted_message_is_one_of_the_code(page: str, message: str) -> None:
-    """Every part of it between `...` stands in scripts/."""
+    """Every part of it between `...` stands in our code."""
     literals = _literals()
     for part in message.split("..."):
         assert part.strip(" ") in literals, part

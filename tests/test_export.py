@@ -123,8 +123,8 @@ def test_the_scripted_network_keeps_encode_and_decode(files: Path) -> None:
 
 @pytest.mark.parametrize("part", STEMS)
 def test_a_torchscript_file_says_what_it_is(files: Path, weights: Path, part: str) -> None:
-    """metadata.json of the bundle with the origin added; the configs in the whole alone, as the Deploy SDK wants."""
-    extra = {"metadata.json": "", "inference.json": "", "tiny.json": ""}
+    """metadata.json of the bundle with the origin added; in the whole the config and overlay, for the Deploy SDK."""
+    extra = {"metadata.json": "", "inference.json": ""}
     torch.jit.load(files / f"{STEMS[part]}.ts", _extra_files=extra)
     metadata = json.loads(extra["metadata.json"])
     about = metadata["export"]
@@ -132,6 +132,8 @@ def test_a_torchscript_file_says_what_it_is(files: Path, weights: Path, part: st
     assert about["spatial_size"] == TINY["spatial_size"] and about["spacing"] == TINY["spacing"]
     assert about["bundle_version"] == metadata["version"]
     assert ("network_data_format" in metadata) == bool(extra["inference.json"]) == (part == "whole")
+    if part == "whole":
+        assert json.loads(extra["inference.json"])["spatial_size"] == TINY["spatial_size"]
 
 
 @pytest.mark.parametrize("part", STEMS)

@@ -20,6 +20,7 @@ from scripts.transforms import (
     ScaleByPercentiled,
     ToModelSpace,
     ToModelSpaced,
+    ZeroOutsided,
     coarse_size,
     count_outside,
     outside_model_space,
@@ -248,6 +249,16 @@ def test_outside_counts_what_was_cut(tmp_path):
     assert counts.voxels == source.numel() - 30 * 36 * 30
     foreground = source > 0.05 * np.percentile(source.numpy(), 99.5)
     assert counts.foreground_voxels == int((foreground & outside).sum()) > 0
+
+
+def test_what_lay_outside_becomes_zero_and_nothing_else(tmp_path):
+    path = write_head(tmp_path, *GRIDS[5][1:4])
+    transform = preprocessing([30, 36, 30])
+    image = transform({"image": str(path)})["image"]
+    outside = outside_model_space(image, transform)
+    result = ZeroOutsided("pred", transform)({"image": image, "pred": torch.full(outside.shape, 7.0)})
+    torch.testing.assert_close(result["outside"], outside)
+    torch.testing.assert_close(result["pred"], torch.where(outside, 0.0, 7.0))
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-5])

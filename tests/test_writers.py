@@ -23,7 +23,7 @@ from torch import nn
 from scripts.baselines import DCT, PatchPCA, Trilinear
 from scripts.engines import AutocastInferer, posterior_iteration, prepare_batch
 from scripts.evaluation_writer import EvaluationWriter
-from scripts.transforms import ScaleByPercentiled, ToModelSpaced
+from scripts.transforms import ScaleByPercentiled, ToModelSpaced, ZeroOutsided
 from scripts.writers import ReconstructionWriter, write_nifti
 
 CPU = torch.device("cpu")
@@ -157,13 +157,16 @@ def reconstruct(
 ) -> pd.DataFrame:
     """Run inference.json's evaluator; returns summary.csv."""
     steps = preprocessing()
-    after = [Invertd("pred", steps, orig_keys="image", nearest_interp=False, to_tensor=True)]
+    after = [
+        Invertd("pred", steps, orig_keys="image", nearest_interp=False, to_tensor=True),
+        ZeroOutsided("pred", steps),
+    ]
     if model_space:
         after.insert(0, CopyItemsd("pred", names="pred_model_space"))
     SupervisedEvaluator(
         CPU, DataLoader(Dataset(records, steps), batch_size=1), network, prepare_batch=prepare_batch,
         inferer=AutocastInferer(amp, CPU), postprocessing=Compose(after),
-        val_handlers=[ReconstructionWriter(str(folder), steps)],
+        val_handlers=[ReconstructionWriter(str(folder))],
     ).run()  # fmt: skip
     return pd.read_csv(folder / "summary.csv")
 

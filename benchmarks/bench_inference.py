@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fresh_process import arguments, measure, run_in_turns
+from fresh_process import arguments, measure, run_in_turns, time_key
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.bundle import ConfigParser
 from monai.networks.nets import AutoencoderKL
@@ -141,7 +141,7 @@ def main() -> None:
         figures = run_in_turns(__file__, names, given.repeats, options)
         tensors = {name: torch.load(f"{folder}/{name}.pth") for name in names if name in OURS}
 
-    key = "cpu_seconds" if given.threads == 1 and not torch.cuda.is_available() else "seconds"
+    key = time_key(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads, {key}, best of {given.repeats} x {given.calls}")
     print("| way | encode | decode | both | process's peak, GB | largest difference of mu | of the volume |")
     print("|---|---|---|---|---|---|---|")

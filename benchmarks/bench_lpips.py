@@ -5,11 +5,9 @@
 Two loops: one in plain torch, and, where it is installed, one that calls the published `lpips` package a slice
 (`pip install --no-deps lpips`; AlexNet's layers are built here, so that no torchvision is needed).
 
-Prints the relative difference of value and gradient, the ratio of times, and how much each adds to the process's peak
-memory. Each method runs in fresh processes, in turns, and there several times over, as in a training: the best time
-counts (the first call builds kernels and takes fresh memory), and the worst memory. Times of a shared machine mean
-little, their ratio of one run is what to quote: beside heavy load, that of the processor's time with one thread
-(threads that wait for others count as busy). Linux and macOS only (peak memory).
+Prints the relative difference of value and gradient, the ratio of times, how much each adds to the process's peak
+memory, and how near LPIPS3D is to its floor: the operations of its convolutions at the rate of this machine's matrix
+product. Each method runs in fresh processes (see `fresh_process`). With `lpips`, MONAI's `PerceptualLoss` runs too.
 
 In float32 the gradients differ at pixels where a ReLU or a max-pooling stands at a tie: rounding then decides which
 way the gradient goes. The last line, with double precision on a smaller volume, has no such noise.
@@ -17,16 +15,13 @@ way the gradient goes. The last line, with double precision on a smaller volume,
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +29,10 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fresh_process import arguments, measure, run_in_turns, time_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -77,8 +74,8 @@ def slice_loop(dtype: torch.dtype) -> Method:
     return distance
 
 
-def package_loop(dtype: torch.dtype) -> Method:
-    """Build the loop of most trainings: the `lpips` package, called a slice with three equal channels."""
+def stand_in_for_torchvision() -> None:
+    """Let `lpips` find AlexNet with the bundle's weights where it asks torchvision for it."""
     layers = nn.Sequential(
         nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
         nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
@@ -94,6 +91,11 @@ def package_loop(dtype: torch.dtype) -> Method:
     torchvision: Any = types.ModuleType("torchvision")
     torchvision.models = models
     sys.modules |= {"torchvision": torchvision, "torchvision.models": models}
+
+
+def package_loop(dtype: torch.dtype) -> Method:
+    """Build the loop of most trainings: the `lpips` package, called a slice with three equal channels."""
+    stand_in_for_torchvision()
     import lpips
 
     metric = lpips.LPIPS(net="alex", verbose=False).to(dtype)
@@ -109,14 +111,25 @@ def package_loop(dtype: torch.dtype) -> Method:
     return distance
 
 
+def perceptual_loss(dtype: torch.dtype) -> Method:
+    """Build MONAI's: all slices of an axis in one batch through the same package. It adds the axes' means up and does
+    not scale [0, 1] to [-1, 1], so its value is another one."""
+    stand_in_for_torchvision()
+    from monai.losses import PerceptualLoss
+
+    return PerceptualLoss(spatial_dims=3, network_type="alex", is_fake_3d=True, fake_3d_ratio=1.0).to(dtype)
+
+
 def chunked(dtype: torch.dtype) -> Method:
     """Build this bundle's way."""
     return LPIPS3D().to(dtype)
 
 
 METHODS: dict[str, Callable[[torch.dtype], Method]] = {"LPIPS3D": chunked, "slice loop": slice_loop}
+SAME_VALUE = list(METHODS)  # as LPIPS3D
 if importlib.util.find_spec("lpips"):
-    METHODS["lpips package"] = package_loop
+    METHODS |= {"lpips package": package_loop, "MONAI PerceptualLoss": perceptual_loss}
+    SAME_VALUE.append("lpips package")
 
 
 def make_pair(volume: Path | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -136,23 +149,32 @@ def make_pair(volume: Path | None, shape: tuple[int, ...]) -> tuple[Tensor, Tens
     return (blurred + 0.02 * torch.randn(target.shape)).clamp(0, 1), target
 
 
-def measure(method: Method, input: Tensor, target: Tensor, calls: int) -> dict[str, float]:
-    """Run `calls` times, after a small warm-up: value, best and first time, GB added to the peak memory."""
-    small = torch.rand(1, 1, 32, 32, 32, dtype=input.dtype)
-    method(small.clone().requires_grad_(), small).backward()
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss counts bytes there, kB on Linux
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times, cpu_times = [], []
-    for _ in range(calls):
-        input.grad = None
-        start, start_cpu = time.perf_counter(), time.process_time()
-        value = method(input.requires_grad_(), target)
-        value.backward()
-        times.append(time.perf_counter() - start)
-        cpu_times.append(time.process_time() - start_cpu)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    figures = {"first": times[0], "seconds": min(times), "cpu_seconds": min(cpu_times), "gigabytes": peak / unit}
-    return {"value": value.item(), **figures}
+def value_and_gradient(method: Method, input: Tensor, target: Tensor) -> float:
+    """The value; the gradient is in `input.grad`."""
+    input.grad = None
+    value = method(input.requires_grad_(), target)
+    value.backward()
+    return value.item()
+
+
+def run(name: str, volume: Path | None, calls: int, gradient: Path) -> dict[str, float]:
+    """One method, in this process; the gradient goes to a file."""
+    method = METHODS[name](torch.float32)
+    input, target = make_pair(volume, MODEL_SPACE)
+    small = torch.rand(1, 1, 32, 32, 32)
+    warm_up = partial(value_and_gradient, method, small, small.clone())
+    figures = measure(partial(value_and_gradient, method, input, target), calls, warm_up)
+    torch.save(input.grad, gradient)
+    return figures | {"value": value_and_gradient(method, input, target)}
+
+
+def floor(key: str) -> tuple[float, float]:
+    """Operations of LPIPS3D's convolutions, forward and backward, and a large matrix product's a second of `key`."""
+    input, target = make_pair(None, MODEL_SPACE)
+    with FlopCounterMode(display=False) as counter:
+        value_and_gradient(LPIPS3D(), input, target)
+    matrix = torch.rand(2048, 2048)
+    return counter.get_total_flops(), 2 * 2048**3 / measure(lambda: matrix @ matrix, calls=10)[key]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -162,62 +184,50 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     """Run each method in its own processes and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__ or "")
     parser.add_argument("--volume", type=Path, help="NIfTI file; without it a synthetic volume")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--calls", type=int, default=3, help="calls in each process, of which the best counts")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--run", choices=list(METHODS), help=argparse.SUPPRESS)  # the child process's part
-    parser.add_argument("--gradient", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.run:
-        input, target = make_pair(arguments.volume, MODEL_SPACE)
-        print(json.dumps(measure(METHODS[arguments.run](torch.float32), input, target, arguments.calls)))
-        torch.save(input.grad, arguments.gradient)
+    parser.add_argument("--gradient", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.run:
+        print(json.dumps(run(given.run, given.volume, given.calls, given.gradient)))
         return
 
+    ours = "LPIPS3D"
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{number}.pth" for number, name in enumerate(METHODS)}
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
-        for _ in range(arguments.repeats):
-            for name in METHODS:
-                command = [sys.executable, __file__, "--run", name, "--gradient", str(files[name])]
-                command += ["--threads", str(arguments.threads), "--calls", str(arguments.calls)]
-                command += ["--volume", str(arguments.volume)] if arguments.volume else []
-                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                runs[name].append(json.loads(printed.splitlines()[-1]))
-        gradients = {name: torch.load(file) for name, file in files.items()}
 
-    ours, *loops = METHODS
-    print(f"volume {' x '.join(map(str, MODEL_SPACE))}, {arguments.threads} threads, {arguments.repeats} repeats")
-    best = {
-        name: {key: min(result[key] for result in results) for key in ("value", "first", "seconds", "cpu_seconds")}
-        | {"gigabytes": max(result["gigabytes"] for result in results)}
-        for name, results in runs.items()
-    }
-    for name, figures in best.items():
-        print(
-            f"{name:>13}: LPIPS {figures['value']:.6f}, {figures['seconds']:.2f} s (first {figures['first']:.2f} s; "
-            f"{figures['cpu_seconds']:.2f} s of the processor), peak memory +{figures['gigabytes']:.2f} GB"
-        )
-    for loop in loops:
-        ratios = (f"{best[loop][key] / best[ours][key]:.1f} : 1" for key in ("seconds", "first", "cpu_seconds"))
-        print("{} against {}: time {}, first call {}, processor's time {}".format(loop, ours, *ratios))
-        value = abs(best[ours]["value"] / best[loop]["value"] - 1)
-        gradient = relative(gradients[ours], gradients[loop])
-        print(f"  relative difference, float32: value {value:.1e}, gradient {gradient:.1e}")
+        def options(name: str) -> list[str]:
+            volume = ["--volume", str(given.volume)] if given.volume else []
+            gradient = ["--gradient", f"{folder}/{name}.pth"]
+            return [*volume, *gradient, "--calls", str(given.calls), "--threads", str(given.threads)]
 
+        figures = run_in_turns(__file__, METHODS, given.repeats, options)
+        gradients = {name: torch.load(f"{folder}/{name}.pth") for name in METHODS}
+
+    key = time_key(given.threads)
+    size = " x ".join(map(str, MODEL_SPACE))
+    print(f"volume {size}, {given.threads} threads, {key}, best of {given.repeats} x {given.calls}")
+    print("| way | its time : LPIPS3D's | memory added to the peak, GB | value | gradient, relative difference |")
+    print("|---|---|---|---|---|")
+    for name in METHODS:
+        ratio = figures[name][key] / figures[ours][key]
+        same = name in SAME_VALUE
+        difference = f"{relative(gradients[ours], gradients[name]):.1e}" if same else ""
+        cells = [f"{ratio:.1f} : 1", f"{figures[name]['gigabytes']:.2f}", f"{figures[name]['value']:.6f}", difference]
+        print(f"| {name} | {' | '.join(cells)} |")
+    operations, rate = floor(key)
+    times = figures[ours][key] / (operations / rate)
+    print(f"floor: {operations / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s; {ours} takes {times:.2f} times that")
+
+    small = " x ".join(map(str, SMALL))
     values, small_gradients = {}, {}
-    for name, build in METHODS.items():
+    for name in SAME_VALUE:
         input, target = (volume.double() for volume in make_pair(None, SMALL))
-        values[name] = measure(build(torch.float64), input, target, calls=1)["value"]
-        assert input.grad is not None
+        values[name] = value_and_gradient(METHODS[name](torch.float64), input, target)
         small_gradients[name] = input.grad
-    size = " x ".join(map(str, SMALL))
-    for loop in loops:
-        value, gradient = abs(values[ours] / values[loop] - 1), relative(small_gradients[ours], small_gradients[loop])
-        print(f"{loop}, relative difference, float64, {size}: value {value:.1e}, gradient {gradient:.1e}")
+    for name in SAME_VALUE[1:]:
+        value, gradient = abs(values[ours] / values[name] - 1), relative(small_gradients[ours], small_gradients[name])
+        print(f"{name}, relative difference, float64, {small}: value {value:.1e}, gradient {gradient:.1e}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_lpips import slice_loop
-from fresh_process import arguments, measure, peak_gigabytes, run_in_turns
+from fresh_process import arguments, measure, peak_gigabytes, run_in_turns, time_key
 from monai.bundle import ConfigParser
 from monai.networks.nets import AutoencoderKL
 
@@ -101,7 +101,7 @@ def main() -> None:
     names = list(dict.fromkeys([ORIGINAL, *given.ways.split(",")]))
     options = ["--calls", str(given.calls), "--threads", str(given.threads)]
     figures = run_in_turns(__file__, names, given.repeats, options)
-    key = "cpu_seconds" if given.threads == 1 and not torch.cuda.is_available() else "seconds"
+    key = time_key(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads, {key}, best of {given.repeats} x {given.calls}")
     print("| way | speed a volume | process's peak, GB |")
     print("|---|---|---|")

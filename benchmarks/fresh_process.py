@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["arguments", "best_of", "measure", "peak_gigabytes", "run_in_turns"]
+__all__ = ["arguments", "best_of", "measure", "peak_gigabytes", "run_in_turns", "time_key"]
 
 Figures = dict[str, float]
 
@@ -86,6 +86,11 @@ def run_in_turns(
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results.append(json.loads(printed.splitlines()[-1]))
     return {name: best_of(results) for name, results in runs.items()}
+
+
+def time_key(threads: int) -> str:
+    """Which time to compare: the processor's where one thread computes, else that of the clock."""
+    return "cpu_seconds" if threads == 1 and not torch.cuda.is_available() else "seconds"
 
 
 def best_of(results: Sequence[Figures]) -> Figures:

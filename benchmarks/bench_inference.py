@@ -139,7 +139,7 @@ def main() -> None:
             return [*kept, "--calls", str(given.calls), "--threads", str(given.threads)]
 
         figures = run_in_turns(__file__, names, given.repeats, options)
-        tensors = {name: torch.load(f"{folder}/{name}.pth") for name in names if name in OURS}
+        tensors = {name: torch.load(f"{folder}/{name}.pth", weights_only=True) for name in names if name in OURS}
 
     key = time_key(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads, {key}, best of {given.repeats} x {given.calls}")

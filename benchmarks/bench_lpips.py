@@ -202,7 +202,7 @@ def main() -> None:
             return [*volume, *gradient, "--calls", str(given.calls), "--threads", str(given.threads)]
 
         figures = run_in_turns(__file__, METHODS, given.repeats, options)
-        gradients = {name: torch.load(f"{folder}/{name}.pth") for name in METHODS}
+        gradients = {name: torch.load(f"{folder}/{name}.pth", weights_only=True) for name in METHODS}
 
     key = time_key(given.threads)
     size = " x ".join(map(str, MODEL_SPACE))

@@ -19,6 +19,8 @@ from monai.transforms import Compose, MapTransform, RandomizableTransform
 from monai.utils import convert_to_tensor, ensure_tuple
 from scipy.interpolate import PchipInterpolator
 
+from scripts.errors import InputError
+
 __all__ = [
     "KeepZeroBackgroundd",
     "RandContrastCurved",
@@ -64,7 +66,10 @@ class RandThickSlicesd(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         if len(thickness) != 2 or not 1 <= thickness[0] <= thickness[1]:
-            raise ValueError(f"thickness must be two rising numbers, 1 or more, got {thickness!r}")
+            raise InputError(
+                f"thickness must be two rising numbers of voxels, 1 or more, got {thickness!r}; "
+                "mend min_slice_mm and max_slice_mm."
+            )
         self.thickness = thickness
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
@@ -94,7 +99,7 @@ class RandContrastCurved(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         if not 0 <= strength <= 0.7:
-            raise ValueError(f"strength must lie within 0 and 0.7, got {strength!r}")
+            raise InputError(f"strength must lie within 0 and 0.7, got {strength!r}; mend contrast_strength.")
         self.strength = strength
         self.flat_prob = flat_prob
 

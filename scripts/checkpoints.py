@@ -176,8 +176,9 @@ class RunCheckpoint:
             "best_metric_epoch": evaluator.state.best_metric_epoch,
             "early_stop": None if stopping is None else [stopping.counter, stopping.best_score],
         }
-        with replacing(self.folder / f"epoch_{epoch:04d}.pt") as temporary:
-            torch.save(content, temporary)
+        # Into a stream: given a path, torch writes the temporary name, and so the computer's, into the file.
+        with replacing(self.folder / f"epoch_{epoch:04d}.pt") as temporary, temporary.open("wb") as stream:
+            torch.save(content, stream)
         found = self._found()
         for old in sorted(found)[:-KEPT]:
             found[old].unlink(missing_ok=True)
@@ -191,5 +192,5 @@ class RunCheckpoint:
 
     def _export(self, name: str) -> None:
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
-        with replacing(self.model_dir / name) as temporary:
-            torch.save(state, temporary)
+        with replacing(self.model_dir / name) as temporary, temporary.open("wb") as stream:
+            torch.save(state, stream)

@@ -66,7 +66,7 @@ def file_sha256(path: str | Path) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
     return digest.hexdigest()
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scripts.errors import InputError
+
 __all__ = ["VAELoss", "kl_divergence"]
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -53,7 +55,7 @@ class VAELoss(nn.Module):
         mse_weight: weight of the mean squared error.
 
     Raises:
-        ValueError: a negative weight, or a perceptual weight without a perceptual distance.
+        InputError: a negative weight, or a perceptual weight without a perceptual distance.
     """
 
     def __init__(
@@ -68,9 +70,9 @@ class VAELoss(nn.Module):
         self.weights = {"l1": recon_weight, "mse": mse_weight, "kl": kl_weight, "lpips": perceptual_weight}
         for name, weight in self.weights.items():
             if weight < 0:
-                raise ValueError(f"the weight of {name} must not be negative, got {weight}")
+                raise InputError(f"the weight of {name} must not be negative, got {weight}; give 0 to leave it out.")
         if perceptual_weight > 0 and perceptual is None:
-            raise ValueError(f"perceptual_weight is {perceptual_weight}, but no perceptual distance is given")
+            raise InputError(f"perceptual_weight is {perceptual_weight}, but no perceptual distance is given; give 0.")
         self.perceptual = perceptual
         self.parts: dict[str, float] = {}
 

@@ -72,7 +72,7 @@ class LPIPS3D(nn.Module):
         reduction: str = "mean",
     ) -> None:
         if not 0.0 < slice_fraction <= 1.0:
-            raise ValueError(f"slice_fraction must be above 0 and at most 1, got {slice_fraction}.")
+            raise InputError(f"slice_fraction is {slice_fraction}; give a number above 0 and at most 1.")
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         if reduction not in ("mean", "none"):

@@ -292,7 +292,7 @@ def start_deterministic(network: nn.Module, logvar: float = -8.0) -> nn.Module:
         The network.
     """
     if not -30.0 <= logvar <= 20.0:
-        raise ValueError(f"logvar must lie within [-30, 20], got {logvar}")
+        raise InputError(f"logvar must lie within [-30, 20], got {logvar}; mend initial_logvar.")
     head: Any = network.get_submodule("quant_conv_log_sigma.conv")
     nn.init.zeros_(head.weight)
     nn.init.constant_(head.bias, logvar)

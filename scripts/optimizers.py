@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from scripts.errors import InputError
+
 __all__ = ["MuonAdamW", "orthogonalize"]
 
 # Quintic Newton-Schulz coefficients of Jordan et al. (see MuonAdamW): steep at 0, singular values end near 1.
@@ -69,7 +71,10 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         if lr <= 0 or adam_lr <= 0:
-            raise ValueError(f"learning rates must be positive, got lr={lr} and adam_lr={adam_lr}")
+            raise InputError(
+                f"learning rates must be positive, got lr={lr} and adam_lr={adam_lr}; "
+                "mend learning_rate and adam_learning_rate."
+            )
         convolutions = [m for m in network.modules() if isinstance(m, nn.Conv3d) and m.kernel_size == (3, 3, 3)]
         hidden = [m.weight for m in convolutions if min(m.in_channels, m.out_channels) > 4]
         hidden_ids = {id(weight) for weight in hidden}

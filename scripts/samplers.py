@@ -181,7 +181,7 @@ def _rounds(indices: list[int], generator: np.random.Generator) -> Iterator[int]
 
 def _check_numbers(seed: int, rank: int, world_size: int) -> None:
     if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}.")
+        raise InputError(f"seed is {seed}; give 0 or more.")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be from 0 to world_size - 1, got rank {rank} of {world_size}.")
 
@@ -203,7 +203,7 @@ def _check_groups(members: Mapping[str, Sequence[int]], n: int, batch_size: int)
     if batch_size < k or batch_size % k:
         raise InputError(
             f"batch_size is {batch_size}, but balanced batches of {k} groups ({_counts(members)}) need a multiple of "
-            f"{k}, such as {max(1, round(batch_size / k)) * k}."
+            f"{k}; give for example {max(1, round(batch_size / k)) * k}."
         )
 
 

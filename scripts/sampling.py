@@ -201,4 +201,7 @@ def _check_folder(folder: str, weights: str, shape: Sequence[int]) -> None:
     if statistics["weights_sha256"] not in ("", file_sha256(weights)):
         raise InputError(f"{folder} was encoded with other weights than {weights}; encode the cohort with these.")
     if list(statistics["shape"]) != list(shape):
-        raise InputError(f"{folder} holds latents of {statistics['shape']}, the network decodes {list(shape)}.")
+        raise InputError(
+            f"{folder} holds latents of {statistics['shape']}, the network decodes {list(shape)}; "
+            "encode the cohort anew."
+        )

@@ -61,7 +61,7 @@ def build(method: str, size: list[int]) -> Any:
     plain = BrainVAE(**{key: value for key, value in definition.items() if key != "_target_"}).eval()
     network = load_weights(plain, ROOT / "models" / "model.pt").to(memory_format=torch.channels_last_3d)
     if method == "double":
-        return network.double()
+        return network.double().to(memory_format=torch.contiguous_format)  # channels-last norms compute in float32
     keep_bytes = {"held": KEEP_BYTES, "recomputed": KEEP_BYTES * math.prod(size) / LARGE}
     return stream(network, SLAB, keep_bytes[method]) if method in keep_bytes else network
 

@@ -6,8 +6,8 @@
 the default lets it hold of 256 x 312 x 256 voxels, so that its ratio of times is that of 0.7 mm. Each runs in a process
 of its own; memory is what encoding and decoding add to the process's peak. Times of a shared machine mean little: the
 ratio of the processor's times, with one thread, is what to quote. With `--double` the errors against double precision
-are printed too (twice the memory of the plain network), and the mean error within two planes of a border over that
-elsewhere. Linux and macOS only (peak memory).
+are printed too, and the mean error within two planes of a border over that elsewhere. PyTorch's convolutions in double
+precision need more than ten times the memory: take a small size. Linux and macOS only (peak memory).
 """
 
 from __future__ import annotations

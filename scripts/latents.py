@@ -176,7 +176,8 @@ def read_manifest(folder: str | Path) -> Iterator[dict[str, Any]]:
                 raise InputError(f"{path} is damaged in line {number}; delete it and run encode.json again.") from error
             if Path(entry["file"]).is_absolute() or ".." in parts:
                 raise InputError(
-                    f"{path} names {entry['file']} in line {number}, a file outside the folder; delete it and run encode.json again."
+                    f"{path} names {entry['file']} in line {number}, a file outside the folder; "
+                    "delete it and run encode.json again."
                 )
             yield entry
 

@@ -3,29 +3,25 @@
     python benchmarks/bench_native.py [--size 112 136 112] [--scan scan.nii.gz] [--threads 1] [--double]
 
 `held` is `scripts.streaming.stream` with its default `keep_bytes`. `recomputed` may hold only as much of this size as
-the default lets it hold of 256 x 312 x 256 voxels, so that its ratio of times is that of 0.7 mm. Each runs in a process
-of its own; memory is what encoding and decoding add to the process's peak. Times of a shared machine mean little: the
-ratio of the processor's times, with one thread, is what to quote. With `--double` the errors against double precision
-are printed too, and the mean error within two planes of a border over that elsewhere. PyTorch's convolutions in double
-precision need more than ten times the memory: take a small size. Linux and macOS only (peak memory).
+the default lets it hold of 256 x 312 x 256 voxels, so that its ratio of times is that of 0.7 mm. Each runs in fresh
+processes (see `fresh_process`); memory is what encoding and decoding add to the process's peak. With `--double` the
+errors against double precision are printed too, and the mean error within two planes of a border over that elsewhere.
+PyTorch's convolutions in double precision need more than ten times the memory: take a small size.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from fresh_process import arguments, measure, run_in_turns, time_key
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,19 +62,19 @@ def build(method: str, size: list[int]) -> Any:
     return stream(network, SLAB, keep_bytes[method]) if method in keep_bytes else network
 
 
-def measure(method: str, image: Tensor, size: list[int]) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
-    """Encode and decode once: processor's seconds and GB added to the peak, then mu and reconstruction."""
+def run(method: str, image: Tensor, size: list[int], calls: int) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
+    """Encode and decode, after a small volume: the figures, then mu and reconstruction."""
     network = build(method, size)
     image = image.double() if method == "double" else image
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss counts bytes there, kB on Linux
+    found: list[Tensor] = []
+
+    def both() -> None:
+        found[:] = [network.encode(image)[0]]
+        found.append(network.decode(found[0]))
+
     with torch.no_grad():
-        network(image[:, :, :16, :16, :16])
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        mu, _ = network.encode(image)
-        recon = network.decode(mu)
-        seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "gigabytes": (peak - before) / unit}, (mu, recon)
+        figures = measure(both, calls, lambda: network(image[:, :, :16, :16, :16]))
+    return figures, (found[0], found[1])
 
 
 def border_ratio(error: Tensor) -> float:
@@ -89,40 +85,41 @@ def border_ratio(error: Tensor) -> float:
 
 
 def main() -> None:
-    """Run each method in its own process and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run each method in its own processes and print the comparison."""
+    parser = arguments(__doc__ or "", repeats=1, calls=1)
+    parser.set_defaults(threads=1)
     parser.add_argument("--size", type=int, nargs=3, default=[112, 136, 112])
     parser.add_argument("--scan", type=Path, help="NIfTI file; without it noise")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--double", action="store_true")
-    parser.add_argument("--run", choices=METHODS, help=argparse.SUPPRESS)  # the child process's part
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.run:
-        image = make_image(arguments.scan, arguments.size)
-        figures, tensors = measure(arguments.run, image, arguments.size)
-        torch.save(tensors, arguments.result)
+    parser.add_argument("--result", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.run:
+        figures, tensors = run(given.run, make_image(given.scan, given.size), given.size, given.calls)
+        torch.save(tensors, given.result)
         print(json.dumps(figures))
         return
 
-    figures, results = {}, {}
+    methods = METHODS if given.double else METHODS[:3]
     with tempfile.TemporaryDirectory() as folder:
-        for method in METHODS if arguments.double else METHODS[:3]:
-            file = Path(folder, f"{method}.pth")
-            command = [sys.executable, __file__, "--run", method, "--result", str(file)]
-            command += ["--threads", str(arguments.threads), "--size", *map(str, arguments.size)]
-            command += ["--scan", str(arguments.scan)] if arguments.scan else []
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            figures[method], results[method] = json.loads(printed.splitlines()[-1]), torch.load(file)
 
-    print(f"{' x '.join(map(str, arguments.size))} voxels, {arguments.threads} threads")
+        def options(method: str) -> list[str]:
+            scan = ["--scan", str(given.scan)] if given.scan else []
+            size = ["--size", *map(str, given.size)]
+            kept = ["--threads", str(given.threads), "--calls", str(given.calls)]
+            return [*kept, *scan, *size, "--result", f"{folder}/{method}.pth"]
+
+        figures = run_in_turns(__file__, methods, given.repeats, options)
+        results = {method: torch.load(f"{folder}/{method}.pth", weights_only=True) for method in methods}
+
+    key = time_key(given.threads)
+    print(f"{' x '.join(map(str, given.size))} voxels, {given.threads} threads")
     for method, values in figures.items():
-        ratio = values["seconds"] / figures["plain"]["seconds"]
-        line = f"{method:>10}: processor's time {ratio:.2f} : 1, peak memory +{values['gigabytes']:.2f} GB"
+        ratio = values[key] / figures["plain"][key]
+        line = f"{method:>10}: time {ratio:.2f} : 1, peak memory +{values['gigabytes']:.2f} GB"
         differences = [(a - b).abs().max() for a, b in zip(results[method], results["plain"], strict=True)]
         line += "; largest difference from plain: mu {:.1e}, image {:.1e}".format(*differences)
-        if arguments.double:
+        if given.double:
             errors = [(a - b).abs() for a, b in zip(results[method], results["double"], strict=True)]
             line += "; error: mu {:.1e}, image {:.1e}".format(*(error.max() for error in errors))
             if method != "double":

@@ -88,9 +88,7 @@ def step_of(way: Way) -> Any:
 def main() -> None:
     """Measure and print the table."""
     parser = arguments(__doc__ or "", repeats=1, calls=2)
-    parser.add_argument(
-        "--ways", default=",".join(name for name in WAYS if "compiled" not in name), help="by semicolon"
-    )
+    parser.add_argument("--ways", default=",".join(name for name in WAYS if "compiled" not in name))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.run:

@@ -11,14 +11,22 @@ Source: Wu and He, https://arxiv.org/abs/1803.08494.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GroupNormSiLU", "channel_moments", "is_plain_channels_last", "scale_and_shift"]
+__all__ = [
+    "GroupNormSiLU",
+    "channel_moments",
+    "is_plain_channels_last",
+    "merged_moments",
+    "rows_of",
+    "scale_and_shift",
+    "scale_rows",
+]
 
 CHUNK = 2**18  # values; a megabyte in float32, so that the few temporaries of a chunk stay in the second-level cache
 
@@ -61,7 +69,7 @@ def is_plain_channels_last(x: Tensor) -> bool:
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each channel and mean squared deviation from it, merged from chunks after Chan et al. 1983.
+    """Mean of each channel and mean squared deviation from it, merged from chunks.
 
     Args:
         x: one volume channels-last, (voxels, C), any floating type.
@@ -69,18 +77,31 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         mean and variance (divided by the number of voxels), (C,) float64.
     """
-    sizes, means, squares = [], [], []
+    sizes, means, variances = [], [], []
     for chunk in _chunks(x):
         values = chunk.float()
         mean = values.mean(0)
         sizes.append(len(values))
         means.append(mean)
-        squares.append((values - mean).square_().sum(0))
-    weights = torch.tensor(sizes, dtype=torch.float64)[:, None] / len(x)
-    means_of_chunks = torch.stack(means).double()
-    mean = (weights * means_of_chunks).sum(0)
-    between = (weights * (means_of_chunks - mean).square()).sum(0)
-    return mean, torch.stack(squares).double().sum(0) / len(x) + between
+        variances.append((values - mean).square_().sum(0).double() / len(values))
+    return merged_moments(sizes, means, variances)
+
+
+def merged_moments(sizes: Sequence[int], means: Sequence[Tensor], variances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Moments of a volume from those of its parts, after Chan et al. 1983.
+
+    Args:
+        sizes: number of voxels of each part.
+        means: of each channel in each part, (C,).
+        variances: divided by the number of voxels, (C,).
+
+    Returns:
+        mean and variance of each channel, (C,) float64.
+    """
+    parts = torch.stack(list(means)).double()
+    weights = torch.tensor(sizes, dtype=torch.float64, device=parts.device)[:, None] / sum(sizes)
+    mean = (weights * parts).sum(0)
+    return mean, (weights * (torch.stack(list(variances)) + (parts - mean).square())).sum(0)
 
 
 def scale_and_shift(
@@ -104,6 +125,26 @@ def scale_and_shift(
     return scale.float(), (bias.double() - centre * scale).float()
 
 
+def scale_rows(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: Tensor) -> None:
+    """Write scale x + shift, and its SiLU where `silu` is set, to `out`, in chunks that stay in the cache.
+
+    Args:
+        x: one volume channels-last, (voxels, C), any floating type.
+        scale: of each channel, (C,) float32.
+        shift: of each channel, (C,) float32.
+        silu: whether SiLU follows.
+        out: as `x`.
+    """
+    for chunk, target in zip(_chunks(x), _chunks(out), strict=True):
+        if target.dtype == torch.float32:
+            torch.addcmul(shift, chunk, scale, out=target)
+            if silu:
+                F.silu(target, inplace=True)
+        else:
+            value = torch.addcmul(shift, chunk.float(), scale)
+            target.copy_(F.silu(value, inplace=True) if silu else value)
+
+
 def _group_statistics(mean: Tensor, variance: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(variance + eps) of each channel's group, (C,) float64."""
     means = mean.view(groups, -1)
@@ -119,18 +160,11 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         output = torch.empty_like(x, memory_format=torch.channels_last_3d)
         statistics = []
-        for rows, out in zip(_rows(x), _rows(output), strict=True):
+        for rows, out in zip(rows_of(x), rows_of(output), strict=True):
             moments = channel_moments(rows)
             statistics.append(torch.stack(_group_statistics(*moments, groups, eps)))
             scale, shift = scale_and_shift(*moments, weight, bias, groups, eps)
-            for chunk, target in zip(_chunks(rows), _chunks(out), strict=True):
-                if target.dtype == torch.float32:
-                    torch.addcmul(shift, chunk, scale, out=target)
-                    if silu:
-                        F.silu(target, inplace=True)
-                else:
-                    value = torch.addcmul(shift, chunk.float(), scale)
-                    target.copy_(F.silu(value, inplace=True) if silu else value)
+            scale_rows(rows, scale, shift, silu, out)
         ctx.save_for_backward(x, weight, bias, torch.stack(statistics))
         ctx.groups, ctx.silu = groups, silu
         return output
@@ -144,7 +178,7 @@ class _Chunked(torch.autograd.Function):
         result = torch.empty_like(x, memory_format=torch.channels_last_3d)
         weight_gradient, bias_gradient = (torch.zeros_like(weight, dtype=torch.float64) for _ in range(2))
         for rows, grads, out, (centre, deviation) in zip(
-            _rows(x), _rows(gradient), _rows(result), statistics, strict=True
+            rows_of(x), rows_of(gradient), rows_of(result), statistics, strict=True
         ):
             scale, shift = (1 / deviation).float(), (-centre / deviation).float()
 
@@ -173,7 +207,7 @@ class _Chunked(torch.autograd.Function):
         return result, weight_gradient.to(weight), bias_gradient.to(bias), None, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(B, C, D, H, W) channels-last as (B, voxels, C), a view."""
     return x.permute(0, 2, 3, 4, 1).view(len(x), -1, x.shape[1])
 

@@ -207,9 +207,11 @@ class FoldedUpsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, D, H, W) to (B, C', 2D, 2H, 2W)."""
-        conv = self.postconv.conv
-        kernel = torch.einsum("oixyz,ax,by,cz->ioabc", conv.weight, self.fold, self.fold, self.fold)
-        return F.conv_transpose3d(x, kernel, conv.bias, stride=2, padding=1)
+        return F.conv_transpose3d(x, self.kernel(), self.postconv.conv.bias, stride=2, padding=1)
+
+    def kernel(self) -> torch.Tensor:
+        """The transposed convolution's, (C, C', 4, 4, 4), from the weights as they are now."""
+        return torch.einsum("oixyz,ax,by,cz->ioabc", self.postconv.conv.weight, self.fold, self.fold, self.fold)
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:

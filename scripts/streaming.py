@@ -27,14 +27,13 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from scripts.errors import InputError
-from scripts.group_norm import GroupNormSiLU, channel_moments, scale_and_shift
+from scripts.group_norm import GroupNormSiLU, channel_moments, merged_moments, rows_of, scale_and_shift, scale_rows
 from scripts.networks import BrainVAE, FoldedUpsample, Pointwise, ResBlock
 from scripts.transforms import ToModelSpace, ToModelSpaced
 
 __all__ = ["StreamedBlocks", "ToModelBox", "ToModelBoxd", "stream"]
 
 KEEP_BYTES = 700_000_000  # as much as Lite needs to hold at half the resolution of 256 x 312 x 256 voxels
-ROWS = 2**13  # voxels that a norm takes at a time, so that they stay in the cache between its two steps
 Slabs = Iterator[Tensor]  # (1, C, d, H, W) channels-last, neighbours along D
 Layer = Callable[[Slabs], Slabs]
 Size = tuple[int, int, int, int]  # C, D, H, W
@@ -242,8 +241,7 @@ def _layer(block: nn.Module) -> Layer:
     if isinstance(block, AEKLDownsample):
         return _along(lambda x: F.conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight, conv.bias, stride=2), step=2, before=0)
     if isinstance(block, FoldedUpsample):
-        fold = block.fold
-        kernel = torch.einsum("oixyz,ax,by,cz->ioabc", conv.weight, fold, fold, fold)
+        kernel = block.kernel()
         # Of the 2n + 2 planes that n planes give, three at each end lack a neighbour: padding takes them off.
         return _along(lambda x: F.conv_transpose3d(x, kernel, conv.bias, stride=2, padding=(3, 1, 1)), step=1, before=1)
     return _along(lambda x: F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)), step=1, before=1)
@@ -279,23 +277,16 @@ def _normalisation(norm: GroupNormSiLU, slabs: Slabs) -> Layer:
     """A group norm with its SiLU; goes through the slabs for the statistics."""
     sizes, means, variances = [], [], []
     for slab in slabs:
-        mean, variance = channel_moments(_rows(slab))
+        mean, variance = channel_moments(rows_of(slab)[0])
         sizes.append(slab[0, 0].numel())
         means.append(mean)
         variances.append(variance)
-    # after Chan et al. 1983, as in channel_moments
-    weights = (torch.tensor(sizes, dtype=torch.float64) / sum(sizes))[:, None].to(means[0].device)
-    mean = (weights * torch.stack(means)).sum(0)
-    between = (torch.stack(means) - mean).square()
-    variance = (weights * (torch.stack(variances) + between)).sum(0)
-    scale, shift = scale_and_shift(mean, variance, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    moments = merged_moments(sizes, means, variances)
+    scale, shift = scale_and_shift(*moments, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
     def normalised(slab: Tensor) -> Tensor:
         output = torch.empty_like(slab, memory_format=torch.channels_last_3d)
-        for given, target in zip(_rows(slab).split(ROWS), _rows(output).split(ROWS), strict=True):
-            torch.addcmul(shift, given, scale, out=target)
-            if norm.silu:
-                F.silu(target, inplace=True)
+        scale_rows(rows_of(slab)[0], scale, shift, norm.silu, rows_of(output)[0])
         return output
 
     return lambda slabs: map(normalised, slabs)
@@ -339,8 +330,3 @@ def _apply(layers: tuple[Layer, ...], slabs: Slabs) -> Slabs:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(1, C, d, H, W) channels-last as (voxels, C), a view."""
-    return x[0].permute(1, 2, 3, 0).reshape(-1, x.shape[1])

@@ -154,7 +154,6 @@ class Live(TorchDispatchMode):
 def test_a_volume_of_07_mm_needs_less_than_two_and_a_half_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lite on 256 x 312 x 256 voxels with the defaults, on tensors without values; the plain network needs over 10."""
     monkeypatch.setattr(group_norm, "CHUNK", 2**25)  # fewer steps; they cost time though nothing is computed
-    monkeypatch.setattr(streaming, "ROWS", 2**25)
     most = []
     with torch.no_grad(), FakeTensorMode():
         plain = BrainVAE(**LITE).eval()

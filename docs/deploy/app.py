@@ -26,6 +26,7 @@ from monai.deploy.operators import (
 from monai.transforms import LoadImage
 from pydicom.pixels import apply_presentation_lut, apply_rescale
 
+from scripts.cohort_forms import scan_stem
 from scripts.errors import InputError, report_input_errors
 from scripts.preflight import check_scan
 from scripts.writers import plain_volume, write_nifti
@@ -181,7 +182,7 @@ class NiftiWriter(Operator):
             source.header.set_xyzt_units("mm", "sec")
         else:
             path = Path(meta["filename_or_obj"])
-            name, source = path.name.removesuffix(".gz").removesuffix(".nii"), nib.load(path)
+            name, source = scan_stem(path), nib.load(path)
         path = self.output_dir / f"{name}_recon.nii.gz"
         write_nifti(volume, source, path)
         print(f"{path} written", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from scripts.errors import InputError
+from scripts.preflight import MOST_VOXELS, SPACING_MM
 
-__all__ = ["check_device", "check_size", "refuse_unknown_keys"]
+__all__ = ["check_count", "check_device", "check_size", "check_spacing", "refuse_unknown_keys"]
 
 LATENT_STRIDE = 4
 
@@ -71,9 +73,11 @@ def check_device(device: torch.device | str) -> None:
         InputError: it is not.
     """
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        if not isinstance(device, torch.device | str):
+            raise TypeError("it is no text")
+        torch.empty(1, device=device).tolist()  # a device without values, "meta", fails here
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"'device' is {str(device)!r}, which cannot be used here ({reason}); try --device cpu."
         ) from error
@@ -87,7 +91,39 @@ def check_size(size: Sequence[int], key: str) -> None:
         key: the config key, named in the error.
 
     Raises:
-        InputError: not three positive multiples of 4.
+        InputError: not three positive multiples of 4, or more voxels than any scan has.
     """
-    if len(size) != 3 or any(not isinstance(side, int) or side < 1 or side % LATENT_STRIDE for side in size):
-        raise InputError(f"'{key}' is {list(size)}; give three positive multiples of {LATENT_STRIDE}.")
+    sides = list(size) if isinstance(size, list | tuple) else []
+    if len(sides) != 3 or any(not isinstance(side, int) or side < 1 or side % LATENT_STRIDE for side in sides):
+        raise InputError(f"'{key}' is {size!r}; give three positive multiples of {LATENT_STRIDE}.")
+    if math.prod(sides) > MOST_VOXELS:
+        raise InputError(f"'{key}' is {size!r}, more than {round(MOST_VOXELS ** (1 / 3))} cubed; give smaller sides.")
+
+
+def check_spacing(spacing: float, key: str = "spacing") -> None:
+    """Make sure that scans can be resampled to voxels of this size.
+
+    Args:
+        spacing: edge of a voxel of model space in mm.
+        key: the config key, named in the error.
+
+    Raises:
+        InputError: not a number within what the pre-flight check takes for a voxel of a head.
+    """
+    low, high = SPACING_MM
+    if isinstance(spacing, bool) or not isinstance(spacing, int | float) or not low <= spacing <= high:
+        raise InputError(f"'{key}' is {spacing!r}; give the size of a voxel in mm, {low:g} to {high:g}.")
+
+
+def check_count(count: int, key: str) -> None:
+    """Make sure that a number of workers or the like is one.
+
+    Args:
+        count: 0 or more.
+        key: the config key, named in the error.
+
+    Raises:
+        InputError: it is not a whole number, or negative.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise InputError(f"'{key}' is {count!r}; give a whole number, 0 or more.")

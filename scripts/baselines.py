@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from scipy.fft import dctn, idctn
 from scripts.errors import InputError
 from scripts.files import replacing
 
-__all__ = ["BASELINES", "DCT", "Baseline", "PatchPCA", "Trilinear", "latent_budget"]
+__all__ = ["BASELINES", "DCT", "Baseline", "PatchPCA", "Trilinear", "latent_budget", "make_baselines"]
 
 LATENT_CHANNELS = 4
 BLOCK = 4
@@ -212,6 +212,20 @@ class PatchPCA(Baseline):
 
 
 BASELINES: dict[str, type[Baseline]] = {code.name: code for code in (Trilinear, DCT, PatchPCA)}
+
+
+def make_baselines(names: Sequence[str]) -> list[Baseline]:
+    """Make the baselines that a config names.
+
+    Args:
+        names: keys of `BASELINES`.
+
+    Raises:
+        InputError: not a list, or a name that there is not.
+    """
+    if not isinstance(names, (list, tuple)) or any(name not in BASELINES for name in names):
+        raise InputError(f"'baselines' is {names!r}; give a list of {', '.join(BASELINES)}, or [].")
+    return [BASELINES[name]() for name in names]
 
 
 def _to_blocks(x: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,23 @@ from torch import nn
 
 from scripts.distributed import gathered
 from scripts.errors import InputError
-from scripts.files import replacing
+from scripts.files import is_packed, replacing
 from scripts.networks import UNREADABLE
 
 __all__ = ["RunCheckpoint"]
 
 KEPT = 2
 PATTERN = re.compile(r"epoch_(\d+)\.pt")
+
+
+PARTS: dict[str, Any] = {
+    "epoch": int,
+    "epoch_length": int,
+    "objects": dict,
+    "best_metric": float,
+    "best_metric_epoch": int,
+    "early_stop": (list, tuple, type(None)),
+}
 
 
 class RunCheckpoint:
@@ -108,8 +118,10 @@ class RunCheckpoint:
         damaged = []
         for epoch in sorted(found, reverse=True):
             try:
-                content = torch.load(found[epoch], map_location="cpu", weights_only=True)
+                content = {} if is_packed(found[epoch]) else torch.load(found[epoch], "cpu", weights_only=True)
             except UNREADABLE:
+                content = {}
+            if not _is_whole(content):
                 damaged.append(found[epoch].name)
                 continue
             self._load(content, found[epoch])
@@ -194,3 +206,9 @@ class RunCheckpoint:
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
         with replacing(self.model_dir / name) as temporary, temporary.open("wb") as stream:
             torch.save(state, stream)
+
+
+def _is_whole(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        part in content and isinstance(content[part], kind) for part, kind in PARTS.items()
+    )

@@ -123,8 +123,9 @@ def _sources(dataset_dir: str | Sequence[str]) -> list[Path]:
     if items is None or isinstance(items, (str, Path)):
         items = [str(items)] if items else []
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, (str, Path)) and str(item) for item in items):
-        raise InputError(f"dataset_dir is {dataset_dir!r}; give a path, or a list of paths.")
-    return [Path(item).expanduser() for item in items]
+        remedy = "give a path, or a list of paths; a name that is a number as ./2024"
+        raise InputError(f"dataset_dir is {dataset_dir!r}; {remedy}.")
+    return [Path(os.path.expanduser(item)) for item in items]
 
 
 def _cohort_names(sources: Iterable[Path]) -> list[str]:
@@ -139,13 +140,21 @@ def _cohort_names(sources: Iterable[Path]) -> list[str]:
 
 
 def _record(scan: Scan, cohort: str, source: Path) -> dict[str, str]:
+    place = f"{source}, {scan.where or scan.image.name}"
+    place = place if place.isprintable() else ascii(place)
     for kind, text in (("subject", scan.subject), ("session", scan.session)):
         # ids become parts of file names, so they must not lead out of the output folder
-        if re.search(r"[/\\\x00-\x1f]", text) or text in (".", ".."):
-            where = scan.where or scan.image.name
-            raise InputError(f"{source}, {where}: the {kind} {text!r} looks like a path; use letters and digits.")
+        if re.search(r"[/\\\x00-\x1f\x7f]", text) or text in (".", ".."):
+            raise InputError(f"{place}: the {kind} {text!r} looks like a path; use letters and digits.")
     texts = {"subject": scan.subject, "session": scan.session, "label": scan.label, "split": scan.split}
+    for kind, text in (("path", str(scan.image)), *texts.items()):
+        if not _is_utf8(text):  # could be written into no table and no report
+            raise InputError(f"{place}: the {kind} {ascii(text)} is not UTF-8; rename it.")
     return {"image": str(scan.image), "name": "", **texts, "cohort": cohort}
+
+
+def _is_utf8(text: str) -> bool:
+    return not re.search(r"[\ud800-\udfff]", text)  # how Python keeps bytes that are none
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:

@@ -124,7 +124,9 @@ def _read_participants(root: Path, label: str) -> dict[str, Scan]:
         return {}
     columns, rows = _read_table(table)
     if "participant_id" not in columns:
-        raise InputError(f"{table} has no column 'participant_id' but {', '.join(columns)}; add it, as BIDS asks.")
+        raise InputError(
+            f"{table} has no column 'participant_id' but {_short(', '.join(columns))}; add it, as BIDS asks."
+        )
     _check_label(table, label, columns)
     people: dict[str, Scan] = {}
     for where, row in rows:
@@ -139,20 +141,21 @@ def _read_participants(root: Path, label: str) -> dict[str, Scan]:
 def _read_csv(path: Path, label: str) -> list[Scan]:
     columns, rows = _read_table(path)
     if "image" not in columns:
-        held = ", ".join(columns) or "nothing"
+        held = _short(", ".join(columns)) or "nothing"
         raise InputError(f"{path} has no column 'image' but {held}; name the column with the scans' paths 'image'.")
     return _scans_of(path, columns, rows, label)
 
 
 def _read_datalist(path: Path, label: str) -> list[Scan]:
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path), parse_float=str, parse_int=str)  # numbers stay as they are written
-    except json.JSONDecodeError as error:
+        content = json.loads(text, parse_float=str, parse_int=str)  # numbers stay as they are written
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); mend it or write it anew.") from None
     sections = {"": content} if isinstance(content, list) else content
     known = [key for key in sections if key in SPLITS or not key] if isinstance(sections, dict) else []
     if not known:
-        held = f"the keys {', '.join(content)}" if isinstance(content, dict) and content else "none"
+        held = f"the keys {_short(', '.join(content))}" if isinstance(content, dict) and content else "none"
         raise InputError(f"{path} should hold a list, or lists under training, validation, test; it has {held}.")
     rows: _Rows = []
     for section in known:
@@ -184,9 +187,9 @@ def _scans_of(path: Path, columns: Sequence[str], rows: _Rows, label: str) -> li
     for where, row in rows:
         image = path.parent / os.path.expanduser(row["image"])
         if not row["image"] or not os.path.exists(image):
-            missing.append(f"{where}: {row['image'] or 'no file given'}")
+            missing.append(f"{where}: {_short(row['image']) or 'no file given'}")
             continue
-        _check_suffix(image, f"{path}, {where}: {row['image']}")
+        _check_suffix(image, f"{path}, {where}: {_short(row['image'])}")
         subject, session = _person(image, path.parent)
         subject, session = row.get("subject") or subject, row.get("session") or session
         split = _split_text(row.get("split", ""), f"{path}, {where}")
@@ -220,6 +223,8 @@ def _person(image: Path, root: Path) -> tuple[str, str]:
 
 
 def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"{path} is a pipe, socket or device, not a file; copy its content into a file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -242,6 +247,9 @@ def _read_table(path: Path) -> tuple[list[str], _Rows]:
         lines = [(f"row {number}", [_plain(cell) for cell in cells]) for number, cells in enumerate(reader, 2)]
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}, cannot be read ({error}); save the table anew.") from None
+    twice = next((column for column in columns if column and columns.count(column) > 1), "")
+    if twice:
+        raise InputError(f"{path} has the column '{_short(twice)}' twice; rename or remove one.")
     rows: _Rows = []
     for where, cells in lines:
         if len(cells) > len(columns):
@@ -257,9 +265,15 @@ def _plain(value: object) -> str:
     return "" if text.lower() == "n/a" else text
 
 
+def _short(text: str) -> str:
+    """A text for an error: a quote that is never closed swallows the rest of its table."""
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
 def _split_text(text: str, where: str) -> str:
     if text and text.lower() not in SPLITS:
-        raise InputError(f"{where}: the split is '{text}'; give train, validation or test, or leave it empty.")
+        raise InputError(f"{where}: the split is '{_short(text)}'; give train, validation or test, or leave it empty.")
     return SPLITS.get(text.lower(), "")
 
 
@@ -270,7 +284,7 @@ def _refuse_label(path: Path, label: str) -> None:
 
 def _check_label(path: Path, label: str, columns: Iterable[str]) -> None:
     if label and label not in columns:
-        raise InputError(f"{path} has no column '{label}' for the label; it has {', '.join(columns)}.")
+        raise InputError(f"{path} has no column '{label}' for the label; it has {_short(', '.join(columns))}.")
 
 
 def _check_suffix(path: Path, what: str) -> None:

@@ -146,6 +146,9 @@ def read_peers(peers: Sequence[str] | Mapping[str, str], network: nn.Module, inf
     if isinstance(peers, str):
         peers = [peers]
     named = dict(peers) if isinstance(peers, Mapping) else {}
+    given_as = [*named.values()] if named else peers
+    if not isinstance(given_as, (list, tuple)) or not all(isinstance(given, (str, Path)) for given in given_as):
+        raise InputError(f"'peers' is {peers!r}; give a list of weights files and folders.")
     for given in () if isinstance(peers, Mapping) else peers:
         path = Path(given)
         name = path.resolve().parent.name if path.name in ("model.pt", "model.safetensors") else path.resolve().stem

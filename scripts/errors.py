@@ -52,12 +52,17 @@ def report_input_errors() -> None:
         while cause is not None:
             message = _message(cause)
             if message is not None:
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                print(f"error: {_printable(message)}", file=sys.stderr, flush=True)
                 raise SystemExit(EXIT_CODE)
             cause = cause.__cause__ or cause.__context__
         previous(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def _printable(text: str) -> str:
+    """The text with control characters escaped: a file's name can hold any, and would work on the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def _message(error: BaseException) -> str | None:

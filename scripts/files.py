@@ -6,13 +6,14 @@ import hashlib
 import os
 import re
 import socket
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.errors import InputError
 
-__all__ = ["file_sha256", "remove_unfinished", "replacing"]
+__all__ = ["file_sha256", "is_packed", "remove_unfinished", "replacing"]
 
 
 @contextmanager
@@ -60,6 +61,8 @@ def remove_unfinished(folder: str | Path) -> None:
 
 def file_sha256(path: str | Path) -> str:
     """sha256 of a file, in hex; InputError where it cannot be read."""
+    if not isinstance(path, (str, os.PathLike)):  # a number would be taken for a file that is open already
+        raise InputError(f"{path!r} is no path; give the path of a file.")
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as stream:
@@ -68,6 +71,14 @@ def file_sha256(path: str | Path) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
     return digest.hexdigest()
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of `torch.save` holds compressed parts: torch writes none, and they could unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _machine() -> str:

@@ -8,6 +8,7 @@ way that could run code.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,16 @@ from monai.transforms import MapTransform
 from safetensors import safe_open
 
 from scripts.errors import InputError, as_flag
+from scripts.files import is_packed
 from scripts.latent_scaling import LatentScaling, padded_shape
 from scripts.latents import read_statistics
+from scripts.preflight import misplaced_voxels, read_voxels
 
 __all__ = ["LoadLatentd", "list_latents", "read_tensor", "to_raw"]
 
 NAMES = ("mu", "z", "latent")
-MOST_VALUES = 10**9  # a hundred times more than any latent; what a damaged header declares is not allocated
+MOST_VALUES = 10**8  # several times more than any latent; what a damaged header declares is not allocated
+MOST_HEADER = 1 << 20  # bytes
 
 
 def list_latents(path: str | Path) -> list[dict[str, str]]:
@@ -51,6 +55,9 @@ def list_latents(path: str | Path) -> list[dict[str, str]]:
     if not files:
         kinds = ", ".join(READERS)
         raise InputError(f"{path} is no latent file and no folder of them ({kinds}); give it in 'dataset_dir'.")
+    unreadable = next((file for file in files if re.search(r"[\ud800-\udfff]", str(file))), None)
+    if unreadable:  # could be written into no report
+        raise InputError(f"{ascii(str(unreadable))} is not UTF-8; rename it.")
     stems = [_stem(file) for file in files]
     shared = Counter(stems)
     records = []
@@ -75,7 +82,7 @@ def read_tensor(path: str | Path) -> torch.Tensor:
         path: `.safetensors`, `.npy`, `.npz`, `.pt`, `.pth`, `.nii` or `.nii.gz` (channels last there).
 
     Raises:
-        InputError: the file cannot be read, declares more than 1e9 values, holds none or several tensors without one
+        InputError: the file cannot be read, declares more than 1e8 values, holds none or several tensors without one
             named mu, z or latent, or values that are not finite real numbers.
     """
     path = Path(path)
@@ -86,7 +93,7 @@ def read_tensor(path: str | Path) -> torch.Tensor:
     except InputError:
         raise
     except Exception as error:  # a damaged file makes a reader raise nearly anything
-        detail = " ".join(str(error).split())[:120]
+        detail = re.sub(r" object at 0x\w+", "", " ".join(str(error).split()))[:120]
         raise InputError(
             f"{path} is damaged or no {_suffix(path)} file of a latent ({detail}); copy it again."
         ) from error
@@ -174,6 +181,10 @@ def _from_safetensors(path: Path) -> torch.Tensor:
 
 
 def _from_npy(path: Path) -> np.ndarray:
+    with path.open("rb") as stream:
+        start = stream.read(12)
+    if start[6:7] > b"\1" and int.from_bytes(start[8:], "little") > MOST_HEADER:  # read whole before it is looked at
+        raise InputError(f"{path} declares a header of {int.from_bytes(start[8:], 'little')} bytes; copy it again.")
     return _checked_array(path, np.load(path, mmap_mode="r", allow_pickle=False))
 
 
@@ -183,11 +194,14 @@ def _from_npz(path: Path) -> np.ndarray:
         with arrays.zip.open(f"{name}.npy") as stream:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            _check_size(path, read(stream)[0])
+            declared, _, dtype = read(stream)
+            _check_size(path, (*declared, dtype.itemsize // 4 or 1))  # a single text can be of any length
         return _checked_array(path, arrays[name])
 
 
 def _from_torch(path: Path) -> torch.Tensor:
+    if is_packed(path):
+        raise InputError(f"{path} is a compressed archive, which torch.save never writes; save it again.")
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Mapping):
         content = {str(key): value for key, value in content.items()}
@@ -201,11 +215,13 @@ def _from_torch(path: Path) -> torch.Tensor:
 
 
 def _from_nifti(path: Path) -> np.ndarray:
+    if reason := misplaced_voxels(path):
+        raise InputError(f"{path} {reason}")
     image: Any = nib.load(path)
     _check_size(path, image.shape)
     if image.get_data_dtype().kind not in "fiu":  # as float32, complex values would lose their imaginary part
         raise InputError(f"{path} holds {image.get_data_dtype()} values; a latent is of real numbers.")
-    values = np.asarray(image.dataobj, dtype=np.float32)
+    values = read_voxels(image, path)
     if values.ndim == 5 and values.shape[3] == 1:
         values = values[:, :, :, 0]
     if values.ndim != 4:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save
 
 from scripts.errors import InputError
 from scripts.files import file_sha256, replacing
+from scripts.preflight import MOST_VOXELS, SPACING_MM
 
 __all__ = [
     "DTYPES",
@@ -44,6 +47,7 @@ ENDING = "_latent.safetensors"
 MANIFEST = "manifest.jsonl"
 STATISTICS = "latent_stats.json"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+UNITS = {"unknown", "meter", "mm", "micron", "sec", "msec", "usec", "hz", "ppm", "rads"}  # NIfTI's
 RECORD_KEYS = ("name", "subject", "session", "label", "split")
 # Texts stand in the header as they are, everything else as JSON.
 TEXT_KEYS = (
@@ -129,13 +133,22 @@ def read_header(path: str | Path) -> dict[str, Any]:
         InputError: the file is missing, damaged, or no latent of this bundle.
     """
     try:
+        _refuse_pipe(path)
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
         if texts.pop("format", "") != FORMAT:
             raise InputError(f"{path} is not a latent file of this bundle ('{FORMAT}'); make it with encode.json.")
-        return {key: text if key in TEXT_KEYS else json.loads(text) for key, text in texts.items()}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        header = {key: text if key in TEXT_KEYS else json.loads(text) for key, text in texts.items()}
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is missing or damaged ({error}); delete it and encode again.") from error
+    missing = [key for key in RECORD_KEYS if key not in header]
+    wrong = [key for key, is_good in GRID_CHECKS.items() if key in header and not is_good(header[key])]
+    if missing or wrong:
+        fault = f"its header has no {missing[0]}" if missing else f"{wrong[0]} is {str(header[wrong[0]])[:60]}"
+        raise InputError(f"{path} is damaged ({fault}); delete it and encode again.")
+    return header
 
 
 def read_latent(path: str | Path) -> Latent:
@@ -147,9 +160,13 @@ def read_latent(path: str | Path) -> Latent:
     header = read_header(path)
     try:
         tensors = load_file(path)
-        return Latent(tensors["mu"], tensors["logvar"], header)
+        latent = Latent(tensors["mu"], tensors["logvar"], header)
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and encode again.") from error
+    if latent.mu.ndim != 4 or latent.mu.shape != latent.logvar.shape:
+        shapes = f"mu is {tuple(latent.mu.shape)}, logvar {tuple(latent.logvar.shape)}"
+        raise InputError(f"{path} is damaged ({shapes}); delete it and encode again.")
+    return latent
 
 
 def manifest_entry(folder: Path, path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,18 +184,24 @@ def read_manifest(folder: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: it is no finished folder of latents; run encode.json on it.")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # as bytes, so that a line that is no text is named by its number, too
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
-                parts = Path(entry["file"]).parts
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path} is damaged in line {number}; delete it and run encode.json again.") from error
-            if Path(entry["file"]).is_absolute() or ".." in parts:
+                is_outside = bool(re.match(r"[/\\]|\w:", entry["file"])) or ".." in re.split(r"[/\\]", entry["file"])
+                is_outside = is_outside or bool(re.search(r"[/\\]", entry.get("name", "")))  # exports are named by it
+                texts = [entry[key] for key in ("file", *RECORD_KEYS)] if not is_outside else []
+                is_good = all(isinstance(text, str) and text.isprintable() for text in texts)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                is_outside, is_good = False, False
+            if is_outside:
+                named = entry["file"] if entry["file"].isprintable() else ascii(entry["file"])
                 raise InputError(
-                    f"{path} names {entry['file']} in line {number}, a file outside the folder; "
+                    f"{path} names {named} in line {number}, a file outside the folder; "
                     "delete it and run encode.json again."
                 )
+            if not is_good:
+                raise InputError(f"{path} is damaged in line {number}; delete it and run encode.json again.")
             yield entry
 
 
@@ -206,11 +229,53 @@ def read_statistics(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path) / STATISTICS if Path(path).is_dir() else Path(path)
     try:
+        _refuse_pipe(path)
         content = json.loads(path.read_text(encoding="utf-8"))
-        _ = content["scale_factor"], content["shift"]
-        return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        (scales, scale), (shifts, shift) = (
+            (content[key]["channel"], content[key]["overall"]) for key in ("scale_factor", "shift")
+        )
+        is_good = len(scales) == len(shifts) > 0 and _are_finite(*scales, scale, *shifts, shift)
+        is_good = is_good and all(number > 0 for number in (*scales, scale))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is missing or no {STATISTICS} of encode.json; run encode.json again.") from error
+    if not is_good:
+        raise InputError(f"{path} is damaged: its scales and shifts are no finite numbers; run encode.json again.")
+    return content
+
+
+def _refuse_pipe(path: str | Path) -> None:
+    """Opening a pipe waits for a writer, for ever; safetensors does not even wake up for a Ctrl-C."""
+    if not Path(path).is_file():
+        raise FileNotFoundError("there is no such file")
+
+
+def _are_finite(*values: Any) -> bool:
+    return all(isinstance(value, int | float) and abs(value) < 1e30 for value in values)  # false for NaN, too
+
+
+def _is_shape(value: Any) -> bool:
+    is_good = isinstance(value, list) and len(value) == 3 and all(isinstance(side, int) and side > 0 for side in value)
+    return is_good and math.prod(value) <= MOST_VOXELS
+
+
+def _is_affine(value: Any) -> bool:
+    rows = value if isinstance(value, list) else []
+    if [len(row) if isinstance(row, list) else 0 for row in rows] != [4] * 4 or not _are_finite(*sum(rows, [])):
+        return False
+    axes = torch.tensor(rows, dtype=torch.float64)[:3, :3]
+    low, high = SPACING_MM
+    return bool((axes.norm(dim=0) > low / 2).all() and (axes.norm(dim=0) < high * 2).all() and axes.det().abs() > 1e-9)
+
+
+# What `scripts.source_grid.SourceGrid` takes from a header, and would else make volumes of.
+GRID_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "source_shape": _is_shape,
+    "source_affine": _is_affine,
+    "source_codes": lambda value: isinstance(value, list) and len(value) == 2 and set(value) <= {0, 1, 2, 3, 4, 5},
+    "source_units": lambda value: isinstance(value, list) and len(value) == 2 and set(value) <= UNITS,
+    "model_affine": _is_affine,
+    "intensity_factor": lambda value: isinstance(value, int | float) and math.isfinite(value),
+}
 
 
 def _sorted_header(payload: bytes) -> bytes:

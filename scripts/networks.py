@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scripts.errors import InputError
+from scripts.files import is_packed
 from scripts.group_norm import GroupNormSiLU, is_plain_channels_last
 
 __all__ = [
@@ -226,20 +227,40 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, is not a weights file, or holds something else than tensors.
     """
+    if not isinstance(path, str | Path):
+        raise InputError(f"'weights' is {path!r}; give the path of a weights file.")
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the path of a weights file as 'weights'.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _real_numbers(load_file(path), path)
+        if is_packed(path):
+            raise ValueError("a compressed archive, which torch.save never writes")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except UNREADABLE as error:
         raise InputError(f"{path} is damaged or no weights file; copy it again.") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not content or not all(torch.is_tensor(v) for v in content.values()):
         raise InputError(f"{path} holds no state dict (names to tensors); export the network's state_dict().")
-    return dict(content)
+    return _real_numbers(content, path)
+
+
+def _real_numbers(state: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The state dict, if its tensors hold finite real numbers; with others a network gives black or nothing."""
+    for name, tensor in state.items():
+        has_values = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+        # one number of an expanded tensor is all that it has, however many it declares
+        if not has_values or tensor.is_complex() or not torch.isfinite(_stored(tensor)).all():
+            raise InputError(f"{path}: '{name}' holds NaN, infinite, complex or no values; export the weights again.")
+    return dict(state)
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:

@@ -17,10 +17,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import voxel_sizes
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.filebasedimages import SerializableImage
 from nibabel.spatialimages import SpatialImage
 from tqdm import tqdm
@@ -28,12 +29,14 @@ from tqdm import tqdm
 from scripts.errors import InputError
 from scripts.files import replacing
 
-__all__ = ["DATA_CRITERIA", "HEADER_CRITERIA", "check_cohort", "check_scan"]
+__all__ = ["DATA_CRITERIA", "HEADER_CRITERIA", "check_cohort", "check_scan", "misplaced_voxels", "read_voxels"]
 
-CRITERIA_VERSION = 1  # a change of any criterion that concerns the file needs a new one: it voids what is remembered
+CRITERIA_VERSION = 2  # a change of any criterion that concerns the file needs a new one: it voids what is remembered
 SPACING_MM = (0.3, 4.0)
-LEAST_FIELD_OF_VIEW_MM = 80.0
-MOST_VOXELS = 1024**3
+MOST_GAP_MM = 1.0  # between where sform and qform put a corner, where they have to agree
+FIELD_OF_VIEW_MM = (80.0, 600.0)  # what is larger grows beyond memory when it is resampled
+MOST_VOXELS = 600**3  # so that reading and checking stay under 4 GB
+MOST_BYTES_BESIDE = 1 << 26  # of extensions before the voxels, and of anything behind them
 DEFLATE_LIMIT = 1032  # no gzip file unpacks to more than this times its size (zlib's technical details)
 PERCENTILE = 99.5  # the intensity that the preprocessing divides by
 
@@ -100,13 +103,15 @@ def check_scan(path: str | Path) -> tuple[str, str] | None:
     if reason := _exists(str(path)):
         return "exists", reason
     try:
+        if reason := misplaced_voxels(path):
+            return "opens", reason
         image = nib.load(path)
         if not isinstance(image, SpatialImage):
             return "opens", f"is a {type(image).__name__}, not a volume; give a NIfTI or MGH scan."
         for name, criterion in HEADER_CRITERIA.items():
             if reason := criterion(image):
                 return name, reason
-        data = _read(image, path)
+        data = read_voxels(image, path)
     except Exception as error:  # a damaged file makes a reader raise nearly anything
         return "opens", _why_unreadable(str(path), error)
     for name, data_criterion in DATA_CRITERIA.items():
@@ -127,7 +132,7 @@ def _one_volume(image: SpatialImage) -> str:
 
 
 def _size(image: SpatialImage) -> str:
-    fault = f"declares {_by(image.shape)} voxels, more than 1024 cubed; its header is damaged: convert it again."
+    fault = f"declares {_by(image.shape)} voxels, more than 600 cubed; its header is damaged: convert it again."
     return fault if math.prod(int(n) for n in image.shape) > MOST_VOXELS else ""
 
 
@@ -148,6 +153,21 @@ def _affine(image: SpatialImage) -> str:
     return f"has an affine {fault}; convert the scan again from DICOM, or mend its sform and qform."
 
 
+def _one_place(image: SpatialImage) -> str:
+    """MONAI's reader takes the qform where the sform does not fit the voxel sizes, nibabel and others the sform."""
+    header: Any = image.header
+    if not isinstance(header, nib.Nifti1Header) or not header["sform_code"]:
+        return ""
+    zooms = np.asarray(header.get_zooms()[:3], dtype=float)
+    if not np.isfinite(zooms).all() or np.allclose(voxel_sizes(image.affine), zooms):
+        return ""
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(image.shape) - 1)
+    gap = np.abs(apply_affine(image.affine - header.get_qform(), corners)).max()
+    sform, pixdim = (_by(spacing.round(6)) for spacing in (voxel_sizes(image.affine), zooms))
+    fault = f"has a sform with voxels of {sform} mm and a qform, {gap:.3g} mm off, with voxels of {pixdim} mm"
+    return f"{fault}; make them agree, or convert the scan again from DICOM." if gap > MOST_GAP_MM else ""
+
+
 def _spacing(image: SpatialImage) -> str:
     low, high = SPACING_MM
     spacing = voxel_sizes(image.affine)
@@ -157,9 +177,12 @@ def _spacing(image: SpatialImage) -> str:
 
 
 def _field_of_view(image: SpatialImage) -> str:
+    low, high = FIELD_OF_VIEW_MM
     field = voxel_sizes(image.affine) * np.array(image.shape, dtype=float)
-    fault = f"covers {_by(field.round())} mm; a head needs {LEAST_FIELD_OF_VIEW_MM:g} mm on each axis. Is it a slab?"
-    return "" if (field >= LEAST_FIELD_OF_VIEW_MM - 1e-2).all() else fault
+    if (field > high).any():
+        return f"covers {_by(field.round())} mm; a head fits into {high:g} mm on each axis. Is its header in mm?"
+    fault = f"covers {_by(field.round())} mm; a head needs {low:g} mm on each axis. Is it a slab?"
+    return "" if (field >= low - 1e-2).all() else fault
 
 
 def _finite(data: np.ndarray) -> str:
@@ -187,6 +210,7 @@ HEADER_CRITERIA: dict[str, Callable[[SpatialImage], str]] = {
     "size": _size,
     "real numbers": _numeric,
     "affine": _affine,
+    "one place": _one_place,
     "spacing": _spacing,
     "field of view": _field_of_view,
 }
@@ -221,15 +245,36 @@ def _exists(path: str) -> str:
         return ""
     if os.path.isdir(path):
         return "is a folder; give a file, and convert DICOM with dcm2niix first."
+    if os.path.exists(path):
+        return "is a pipe, socket or device, not a file; copy its content into a file."
     if os.path.islink(path):
         return "is a link to a file that is not here; fetch it (datalad get, git annex get)."
     return "does not exist; check the path."
 
 
-def _read(image: SpatialImage, path: str | Path) -> np.ndarray:
-    """Read all voxels as float32, and a compressed file to its end, where its checksum stands."""
+def _is_compressed(path: str | Path) -> bool:
     with open(path, "rb") as file:
-        is_compressed = file.read(2) == b"\x1f\x8b"
+        return file.read(2) == b"\x1f\x8b"
+
+
+def misplaced_voxels(path: str | Path) -> str:
+    """Say what is wrong if a NIfTI file's voxels begin inside its header, or so late that opening it fills memory.
+
+    nibabel reads all extensions before the voxels when it opens a file, and takes 0 for the first byte of the header.
+    """
+    with gzip.open(path) if _is_compressed(path) else open(path, "rb") as file:
+        start = file.read(nib.Nifti2Header.sizeof_hdr)
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if len(start) >= kind.sizeof_hdr and kind.may_contain_header(start):
+            offset = float(kind(start[: kind.sizeof_hdr], check=False)["vox_offset"])
+            if offset > MOST_BYTES_BESIDE or (offset == 0 and kind(start[: kind.sizeof_hdr], check=False).is_single):
+                return f"says that its voxels begin after {offset:.4g} bytes; its header is damaged: convert it again."
+    return ""
+
+
+def read_voxels(image: SpatialImage, path: str | Path) -> np.ndarray:
+    """Read all voxels as float32, and a compressed file to its end, where its checksum stands."""
+    is_compressed = _is_compressed(path)
     declared = math.prod(int(n) for n in image.shape) * image.get_data_dtype().itemsize
     if os.path.getsize(path) * (DEFLATE_LIMIT if is_compressed else 1) < declared:  # before memory is taken for it
         raise EOFError(f"its header declares {declared} bytes of voxels")
@@ -238,16 +283,22 @@ def _read(image: SpatialImage, path: str | Path) -> np.ndarray:
             return np.asarray(image.dataobj, dtype=np.float32)
         with gzip.open(path) as stream:
             data = np.asarray(type(image).from_stream(stream).dataobj, dtype=np.float32)
-            while stream.read(1 << 20):
-                pass
+            n_behind = 0
+            while chunk := stream.read(1 << 20):
+                n_behind += len(chunk)
+                if n_behind > MOST_BYTES_BESIDE:
+                    raise EOFError("it goes on long after the voxels that its header declares")
     return data
 
 
 def _why_unreadable(path: str, error: Exception) -> str:
     if not os.access(path, os.R_OK):
         return "cannot be read; check its permissions."
-    with open(path, "rb") as file:
-        head = file.read(200)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(200)
+    except OSError as fault:
+        return f"cannot be read ({fault.strerror}); check the disk or the network drive, or copy it again."
     if not head:
         return "is empty (0 bytes); copy or export it again."
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -274,8 +325,10 @@ def _fingerprint(path: str) -> tuple[str, list[int]]:
 
 
 def _cache_file(report_dir: str | Path) -> Path:
-    if report_dir:
+    if isinstance(report_dir, (str, Path)) and str(report_dir):
         return Path(report_dir, "preflight.json")
+    if report_dir != "":  # a command line turns a folder's name of digits into a number
+        raise InputError(f"output_dir is {report_dir!r}; give a folder, as ./{report_dir} if its name is a number.")
     places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()
     return Path(next(filter(os.path.isabs, places)), "brain_t1_vae", "preflight.json")
 
@@ -283,9 +336,9 @@ def _cache_file(report_dir: str | Path) -> Path:
 def _read_cache(path: Path) -> dict[str, list[int]]:
     # a cache that is missing or damaged costs time, never an error
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return dict(content["passed"]) if content["version"] == CRITERIA_VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -29,7 +29,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 PAGES = [
     "cohort", "train", "evaluate", "inference", "encode", "decode", "sample", "diffusion", "network_and_loss", "report",
     "tensorboard", "python", "other_weights", "zoo", "multi_gpu", "tracking", "export",
-    "federated", "monai_label", "deploy", "security", "native",
+    "federated", "monai_label", "deploy", "security", "native", "robustness",
 ]  # fmt: skip
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])

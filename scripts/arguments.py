@@ -14,15 +14,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser, run
+from monai.bundle import ConfigParser, run, update_kwargs
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from scripts.errors import InputError
 from scripts.preflight import MOST_VOXELS, SPACING_MM
 
-__all__ = ["check_count", "check_device", "check_size", "check_spacing", "refuse_unknown_keys"]
+__all__ = ["check_count", "check_device", "check_size", "check_spacing", "read_keys", "refuse_unknown_keys"]
 
 LATENT_STRIDE = 4
+RUN_KEYS = tuple(inspect.signature(run).parameters)  # of `monai.bundle run` itself
 
 
 def refuse_unknown_keys(argv: Sequence[str]) -> None:
@@ -34,23 +35,43 @@ def refuse_unknown_keys(argv: Sequence[str]) -> None:
     Raises:
         InputError: a key that no config file has, with the nearest one that exists.
     """
-    words = [word.partition("=") for word in argv[1:]]
-    if "run" not in argv[1:2] or not any(word[0] == "--config_file" for word in words):
+    keys = read_keys(argv)
+    if "config_file" not in keys:
         return
-    position = next(index for index, word in enumerate(words) if word[0] == "--config_file")
-    text = words[position][2] or (argv[position + 2] if position + 2 < len(argv) else "")
-    try:
-        files = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        files = text
-    parser = ConfigParser(ConfigParser.load_config_files(files))
-    own = set(inspect.signature(run).parameters) | _tracking_keys(argv)
-    for key in (word[0][2:] for word in words if word[0].startswith("--") and len(word[0]) > 2):
+    parser = ConfigParser(ConfigParser.load_config_files(keys["config_file"]))
+    own = set(RUN_KEYS) | _tracking_keys(argv)
+    for key in keys:
         if key in own or key.startswith("+") or key in parser or key.replace("-", "_") in parser:
             continue
         near = difflib.get_close_matches(key, [name for name in parser.get() if isinstance(name, str)], n=1)
         hint = f"; did you mean --{near[0]}?" if near else "; the keys stand at the top of the config file."
-        raise InputError(f"{text} has no key '{key}'{hint}")
+        raise InputError(f"{keys['config_file']} has no key '{key}'{hint}")
+
+
+def read_keys(argv: Sequence[str]) -> dict[str, Any]:
+    """The keys of a `monai.bundle run` and their values, as Fire and MONAI understand them.
+
+    Args:
+        argv: `sys.argv`.
+
+    Returns:
+        Key without dashes to value, those of `--args_file` first; empty for anything but a `run`.
+    """
+    keys: dict[str, Any] = {}
+    if "run" not in argv[1:2]:
+        return keys
+    for word, following in zip(argv[2:], [*argv[3:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and len(name) > 2:
+            keys[name[2:]] = _literal(value if equals else "True" if following.startswith("--") else following)
+    return update_kwargs(keys["args_file"], ignore_none=False, **keys) if "args_file" in keys else keys
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _tracking_keys(argv: Sequence[str]) -> set[str]:

@@ -26,6 +26,7 @@ from scripts.latent_statistics import ActiveUnits, kl_per_value
 from scripts.metrics import COLUMNS, format_paired, format_table, reconstruction_metrics, summarise, summary_frame
 from scripts.pictures import to_ras
 from scripts.provenance import command_line
+from scripts.spectrum import MeanSpectra
 from scripts.writers import plain_volume
 
 __all__ = ["EvaluationWriter"]
@@ -39,7 +40,8 @@ class EvaluationWriter:
 
     Systems: `model` (the posterior mean), the peers, `identity` (preprocessing, its inverse and preprocessing again:
     what the protocol alone costs) and the baselines. Writes `metrics.csv` (one line a volume and system),
-    `summary.json`, `paired.csv` (each system against the model), `table.txt` and `report.html`, and prints the table.
+    `summary.json`, `paired.csv` (each system against the model), `spectrum.csv` (of images, reconstructions and
+    latents), `table.txt` and `report.html`, and prints the table.
     In several processes each measures its own scans (`share_of_rank`); the first writes, in the cohort's order.
 
     Args:
@@ -73,6 +75,7 @@ class EvaluationWriter:
         self.peers = list(peers)
         self.rows: list[list[dict[str, Any]]] = []  # by volume
         self.active_units = ActiveUnits()
+        self.spectra = MeanSpectra()
         self.cases = Cases()
 
     def attach(self, engine: Engine) -> None:
@@ -82,7 +85,7 @@ class EvaluationWriter:
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
-        self.rows, self.active_units, self.cases = [], ActiveUnits(), Cases()
+        self.rows, self.active_units, self.spectra, self.cases = [], ActiveUnits(), MeanSpectra(), Cases()
         for peer in self.peers:
             peer.check(record["name"] for record in engine.state.dataloader.dataset.data)
         if self.training is None or len(self.training) == 0:
@@ -103,6 +106,7 @@ class EvaluationWriter:
             x = plain_volume(image)[None]
             shown = {"model": plain_volume(pred)[None]}
             shown |= {peer.name: plain_volume(peer(record["name"], image))[None] for peer in self.peers}
+            self._add_spectra({"image": x[0], **{name: y[0] for name, y in shown.items()}, "latent": mu[0]}, image)
             systems = {**shown, "identity": plain_volume(self._identity(image))[None]}
             systems |= {code.name: code(x) for code in self.baselines}
             self.rows.append([])
@@ -113,17 +117,24 @@ class EvaluationWriter:
                     self.cases.add(-row[RANKED_BY], partial(_case, record["name"], image, shown, mu))
                 self.rows[-1].append({**base, "system": system, **row})
 
+    def _add_spectra(self, volumes: dict[str, torch.Tensor], image: MetaTensor) -> None:
+        extent = image.pixdim.numpy() * image.shape[1:]
+        for kind, volume in volumes.items():
+            self.spectra.update(kind, volume, extent / volume.shape[1:])
+
     def _identity(self, image: MetaTensor) -> torch.Tensor:
         """The volume sent home to its source grid and brought back (all transforms after the loading)."""
         home = self.preprocessing.inverse({"image": image})
         return Compose(self.preprocessing.transforms[1:])(home)["image"]
 
-    def _collect(self) -> tuple[list[dict[str, Any]], ActiveUnits, Cases]:
-        """What all processes have measured, as if one had: rows in the cohort's order, active units, cases."""
+    def _collect(self) -> tuple[list[dict[str, Any]], ActiveUnits, MeanSpectra, Cases]:
+        """What all processes have measured, as if one had: rows in the cohort's order, sums over volumes, cases."""
         rows = [row for volume in joined_shares(self.rows) for row in volume]
-        active_units, cases = ActiveUnits(), Cases()
+        active_units, spectra, cases = ActiveUnits(), MeanSpectra(), Cases()
         for share in gathered(self.active_units):
             active_units.merge(share)
+        for spectra_share in gathered(self.spectra):
+            spectra.merge(spectra_share)
         kept = [
             ((number, rank), found)  # sorts as the cohort does: a round of shares after the other
             for rank, share in enumerate(gathered(self.cases.kept))
@@ -131,14 +142,14 @@ class EvaluationWriter:
         ]
         for _, (badness, case) in sorted(kept, key=lambda item: item[0]):
             cases.add(badness, partial(replace, case))
-        return rows, active_units, cases
+        return rows, active_units, spectra, cases
 
     def _finish(self, engine: Engine) -> None:
-        rows, active_units, cases = self._collect()
+        rows, active_units, spectra, cases = self._collect()
         if engine.state.rank == 0:
-            self._write(pd.DataFrame(rows), active_units, cases)
+            self._write(pd.DataFrame(rows), active_units, spectra.result(), cases)
 
-    def _write(self, table: pd.DataFrame, active_units: ActiveUnits, cases: Cases) -> None:
+    def _write(self, table: pd.DataFrame, active_units: ActiveUnits, spectra: pd.DataFrame, cases: Cases) -> None:
         summaries = {
             str(system): summarise(
                 [dict(row) for _, row in rows.dropna(axis=1, how="all").iterrows()],
@@ -154,7 +165,7 @@ class EvaluationWriter:
             peers = [peer.name for peer in self.peers]
             text += "\n\n" + format_paired(paired[paired["system"].isin(peers)])
         about = {"split": self.split, "n": int((table["system"] == "model").sum()), "weights_sha256": sha256}
-        for name, frame in (("metrics.csv", table), ("paired.csv", paired)):
+        for name, frame in (("metrics.csv", table), ("paired.csv", paired), ("spectrum.csv", spectra)):
             with replacing(self.output_dir / name) as temporary:
                 frame.to_csv(temporary, index=False, float_format="%.6g")
         with replacing(self.output_dir / "summary.json") as temporary:
@@ -162,8 +173,8 @@ class EvaluationWriter:
         with replacing(self.output_dir / "table.txt") as temporary:
             temporary.write_text(text + "\n")
         shown, summary = cases.result(), summary_frame(summaries)
-        evaluation_report(self.output_dir, table, summary, paired, shown, RANKED_BY, sha256, self.split)
-        written = f"metrics.csv, paired.csv, summary.json, table.txt, {FILE_NAME}"
+        evaluation_report(self.output_dir, table, summary, paired, spectra, shown, RANKED_BY, sha256, self.split)
+        written = f"metrics.csv, paired.csv, spectrum.csv, summary.json, table.txt, {FILE_NAME}"
         print(f"\n{text}\n\nwritten to {self.output_dir}: {written}", flush=True)
 
 

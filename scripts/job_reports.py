@@ -18,7 +18,7 @@ from scripts.metrics import COLUMNS
 from scripts.picture_strips import latent_strip, volume_strip
 from scripts.provenance import bundle_version, command_line
 from scripts.report import Report, quantised
-from scripts.report_charts import cumulative_charts, curve_charts, distribution_charts
+from scripts.report_charts import cumulative_charts, curve_charts, distribution_charts, spectrum_chart
 
 __all__ = [
     "FILE_NAME",
@@ -46,12 +46,19 @@ LATENT_TEXT = (
     "recognised says that the latent keeps the head's layout, as a diffusion model wants it."
 )
 
+SPECTRUM_TEXT = (
+    "Of values with standard deviation 1. Where the reconstruction falls below the image, detail of that size is "
+    "blurred. Where the latent falls slower than the image, its channels hold more fine structure than the image has, "
+    "which is hard for a diffusion model to learn."
+)
+
 
 def evaluation_report(
     folder: Path,
     rows: pd.DataFrame,
     summary: pd.DataFrame,
     paired: pd.DataFrame,
+    spectra: pd.DataFrame,
     cases: Sequence[tuple[str, Case]],
     ranked_by: str,
     weights_sha256: str,
@@ -64,6 +71,7 @@ def evaluation_report(
         rows: one row a volume and system.
         summary: one row a system, mean ± sd as text.
         paired: from `comparison.paired_differences`.
+        spectra: from `spectrum.MeanSpectra.result`.
         cases: from `Cases.result`.
         ranked_by: the figure that ranked them.
         weights_sha256: of the model.
@@ -89,6 +97,7 @@ def evaluation_report(
         better = {column: COLUMNS[column] for column in columns if column != "kl"}
         text = "How large a share of the volumes reaches a figure: the farther up at a place, the better the system."
         report.add_charts("Against the baselines", cumulative_charts(rows, better, systems), text)
+    report.add_charts("Power spectra", [spectrum_chart(spectra)], SPECTRUM_TEXT)
     _add_volumes(report, rows, {"system": "model"}, COLUMNS, "Choose a column's name to sort by it.")
     _add_cases(report, cases, f"ranked by {ranked_by}")
     report.write(folder / FILE_NAME)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["cumulative_charts", "curve_charts", "distribution_charts"]
+__all__ = ["cumulative_charts", "curve_charts", "distribution_charts", "spectrum_chart"]
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 DASHES: list[str | tuple[int, tuple[int, ...]]] = ["-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (1, 3))]
@@ -129,6 +129,25 @@ def curve_charts(frame: pd.DataFrame, x: str, columns: Sequence[str]) -> list[tu
             (f"{column} over {x}, from {rows[column].iloc[0]:.4g} to {rows[column].iloc[-1]:.4g}", _svg(figure))
         )
     return charts
+
+
+def spectrum_chart(frame: pd.DataFrame) -> tuple[str, str]:
+    """Power spectra on a logarithmic axis.
+
+    Args:
+        frame: from `spectrum.MeanSpectra.result`.
+
+    Returns:
+        Caption and SVG.
+    """
+    kinds = [column for column in frame if column != "frequency"]
+    figure, axes = _axes()
+    for kind, colour, dash in zip(kinds, _cycle(len(kinds)), _dashes(len(kinds)), strict=True):
+        rows = frame[["frequency", kind]].dropna()
+        axes.semilogy(rows["frequency"], rows[kind], color=colour, linestyle=dash, label=kind)
+    axes.set(xlabel="cycles per mm", ylabel="power density, mm³")
+    axes.legend(frameon=False)
+    return f"mean power by spatial frequency, {', '.join(kinds)}", _svg(figure)
 
 
 def _axes(height: float = SIZE[1]) -> tuple[Figure, Axes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def encoding(cohort: Path, output: Path, weights: Path, *more: str) -> list[str]
         "--config_file", "configs/encode.json", "--dataset_dir", str(cohort), "--output_dir", str(output),
         "--weights", str(weights), *TINY_JOB, *more,
     ]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of a job's folder with its sha256, but those that hold times: run.json, TensorBoard's, the check's."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in found.items()
+        if name not in ("preflight.json", "run.json") and not name.startswith("tensorboard/")
+    }
 
 
 @pytest.fixture(scope="session")

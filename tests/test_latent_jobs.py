@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -16,19 +15,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_JOB, encoding, make_weights, write_scan
+from conftest import ROOT, TINY_JOB, contents, encoding, make_weights, write_scan
 
 from scripts.latent_exchange import import_folder
 from scripts.latents import ENDING, read_latent, read_statistics
 from scripts.original_latents import write_original
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file of the folder but the pre-flight memory, with its sha256."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "preflight.json")
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_encoding_leaves_a_finished_folder(encoded: Path) -> None:

@@ -55,7 +55,9 @@ def evaluation(folder: Path) -> None:
     ]
     summary = pd.DataFrame({"system": ["model", "dct"], "n": ["12", "12"], "psnr": ["27.10 ± 1.00", "28.00 ± 1.10"]})
     paired = paired_differences(rows, ["psnr", "psnr_brain"])
-    evaluation_report(folder, rows, summary, paired, cases, "psnr_brain", "0" * 64, "val")
+    frequency = np.arange(33) * 0.01 + 0.005
+    spectra = pd.DataFrame({"frequency": frequency, "image": 9 / frequency, "latent": 9 / frequency.clip(0, 0.08)})
+    evaluation_report(folder, rows, summary, paired, spectra, cases, "psnr_brain", "0" * 64, "val")
 
 
 def encoding(folder: Path) -> None:

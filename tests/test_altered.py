@@ -1,0 +1,102 @@
+"""Altered copies of a cohort: each alteration by what it does to a volume, and the copy as a cohort."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import write_scan
+from nibabel.affines import apply_affine, voxel_sizes
+from scipy.ndimage import center_of_mass
+
+from scripts.altered import alterations, copy_cohort
+from scripts.cohort import read_cohort
+from scripts.errors import InputError
+
+NOTHING = {"tilt_degrees": 0.0, "spacing": 4.0, "bias": 0.0, "gamma": 1.0}
+BAD = [{"spacing": 0.0}, {"gamma": 0.0}, {"gamma": float("nan")}, {"tilt_degrees": 120.0}, {"bias": 3.0}]
+
+
+def altered(path: Path, **changes: float) -> tuple[np.ndarray, np.ndarray]:
+    """Volume and affine."""
+    volume = alterations(**{**NOTHING, **changes})(path)
+    return volume[0].numpy(), np.asarray(volume.affine)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny head."""
+    return write_scan(tmp_path_factory.mktemp("scan") / "a.nii.gz")
+
+
+def test_no_alteration_changes_nothing(scan: Path) -> None:
+    """But the axes, to RAS."""
+    volume, affine = altered(scan)
+    expected = nib.as_closest_canonical(nib.load(scan))
+    assert np.allclose(volume, expected.get_fdata(), atol=1e-2)
+    assert np.allclose(affine, expected.affine)
+
+
+def test_a_tilted_head_lies_where_it_lay(scan: Path) -> None:
+    """Turned in its grid, and its centre at the same place in the world."""
+    (plain, plain_affine), (tilted, affine) = altered(scan), altered(scan, tilt_degrees=20.0)
+    assert tilted.shape[1] > plain.shape[1] and tilted.shape[2] > plain.shape[2]
+    centres = apply_affine(plain_affine, center_of_mass(plain)), apply_affine(affine, center_of_mass(tilted))
+    assert np.allclose(*centres, atol=0.5)
+    axis = affine[:3, 1] / np.linalg.norm(affine[:3, 1])
+    assert np.degrees(np.arccos(axis[1])) == pytest.approx(20)
+
+
+def test_coarser_voxels(scan: Path) -> None:
+    """Of the size asked for, over the same field."""
+    (plain, _), (coarse, affine) = altered(scan), altered(scan, spacing=5.0)
+    assert np.allclose(voxel_sizes(affine), 5)
+    assert np.allclose(np.array(coarse.shape) * 5, np.array(plain.shape) * 4, atol=5)
+
+
+def test_a_bias_field_multiplies(scan: Path) -> None:
+    """By exp(b (1 + x + y + z)): e^4b in one corner and e^-2b in the other."""
+    plain, biased = altered(scan)[0], altered(scan, bias=0.2)[0]
+    inside = plain > 100
+    log_ratio = np.log(biased[inside] / plain[inside])
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, side) for side in plain.shape], indexing="ij"))
+    assert np.allclose(log_ratio, (0.2 * (1 + grid.sum(0)))[inside], atol=1e-3)
+
+
+def test_gamma_flattens_contrast_and_keeps_the_range(scan: Path) -> None:
+    """Below 1, what is dark becomes brighter."""
+    plain, flat = altered(scan)[0], altered(scan, gamma=0.6)[0]
+    assert flat.max() == pytest.approx(plain.max(), rel=1e-3) and flat.min() == pytest.approx(plain.min(), abs=1e-2)
+    tissue = plain[plain > 100]
+    assert tissue.std() / tissue.mean() > flat[plain > 100].std() / flat[plain > 100].mean()
+
+
+def test_a_copy_keeps_subjects_and_splits(bids: Path, tmp_path: Path) -> None:
+    """And is a cohort that the jobs read."""
+    copy_cohort(str(bids), str(tmp_path), spacing=4.0)
+    kept = ("subject", "split")
+    copied, original = read_cohort(str(tmp_path / "cohort.csv")), read_cohort(str(bids))
+    assert [[scan[key] for key in kept] for scan in copied] == [[scan[key] for key in kept] for scan in original]
+    assert {Path(scan["image"]).parent for scan in copied} == {tmp_path}
+
+
+def test_a_second_run_keeps_what_is_there(bids: Path, tmp_path: Path) -> None:
+    """And makes what is missing, the same bytes."""
+    copy_cohort(str(bids), str(tmp_path), spacing=4.0)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.nii.gz")}
+    missing = next(iter(before))
+    missing.unlink()
+    copy_cohort(str(bids), str(tmp_path), spacing=4.0)
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.nii.gz")}
+    assert {path: content for path, (content, _) in after.items()} == {path: old for path, (old, _) in before.items()}
+    assert [path for path in after if after[path][1] != before[path][1]] == [missing]
+
+
+@pytest.mark.parametrize("changes", BAD, ids=str)
+def test_numbers_that_are_no_alteration_are_refused(changes: dict[str, float], bids: Path, tmp_path: Path) -> None:
+    """Before anything is written."""
+    with pytest.raises(InputError):
+        copy_cohort(str(bids), str(tmp_path / "out"), **changes)
+    assert not (tmp_path / "out").exists()

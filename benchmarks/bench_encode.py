@@ -1,15 +1,18 @@
-"""Encoding a cohort by `configs/encode.json` against its encoder alone, in one run.
+"""Encoding a cohort by `configs/encode.json`: share of the network, growth with the cohort, two processes against one.
 
-    python benchmarks/bench_encode.py --dataset_dir cohort [--weights models/model.pt] [--threads 2]
+    python benchmarks/bench_encode.py [--dataset_dir cohort] [--volumes 4,8,16] [--coarse] [--threads 1]
 
-Prints the throughput of the whole job (reading, preprocessing, encoding, hashing, writing; from the first volume to the
-last, without start-up) and that of the encoder alone on a volume held in memory, and their ratio. The two take
-turns, so that a machine whose speed drifts favours neither.
+Each way runs in fresh processes (see `fresh_process`). From a cohort, else from the demo cohort, the first so many
+scans are encoded, checked, hashed, written, counted and reported; start-up is left out (`bench_start.py`). The encoder
+alone encodes a volume in memory. Two processes share the largest number of scans as torchrun starts them
+(docs/multi_gpu.md): their processor's time, added up, says what sharing costs, the clock what it gains where there are
+as many free cores. `--coarse`: 3 mm instead of 1.5, an eighth of the voxels, for a machine with little time.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
 import sys
 import tempfile
 import time
@@ -17,65 +20,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
+from fresh_process import arguments, measure, run_in_turns
+from monai.bundle import ConfigWorkflow
+from torch.distributed.run import main as torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.cohort import read_cohort  # noqa: E402
 
-def parser_of(dataset_dir: str, output_dir: str, weights: str) -> ConfigParser:
-    """The config of the job."""
-    parser = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "encode.json"))
-    parser["bundle_root"], parser["dataset_dir"], parser["output_dir"] = str(ROOT), dataset_dir, output_dir
-    if weights:
-        parser["weights"] = weights
-    return parser
+COARSE = {"spacing": 3.0, "spatial_size": [56, 68, 56]}
 
 
-def whole_job(parser: ConfigParser) -> tuple[int, float]:
-    """Run the evaluator once over the cohort: volumes and seconds."""
-    evaluator: Any = parser.get_parsed_content("evaluator")
-    n_volumes = len(parser.get_parsed_content("remaining"))
-    start = time.perf_counter()
-    evaluator.run()
-    return n_volumes, time.perf_counter() - start
-
-
-def encoder_alone(parser: ConfigParser, n_volumes: int) -> float:
-    """Seconds that the network takes for one volume in memory, as many times."""
+def encode(name: str, scans: list[str], output_dir: str, coarse: bool, calls: int) -> dict[str, float]:
+    """The job and its encoder alone, in this process: seconds of each, a volume."""
+    keys: dict[str, Any] = {"bundle_root": str(ROOT), "dataset_dir": scans, "output_dir": output_dir}
+    keys |= {"device": "cpu"} | (COARSE if coarse else {})
+    workflow = ConfigWorkflow(str(ROOT / "configs" / "encode.json"), workflow_type="infer", logging_file=False, **keys)
+    workflow.initialize()
+    parser = workflow.parser
     network: Any = parser.get_parsed_content("network").eval()
     inferer: Any = parser.get_parsed_content("inferer")
-    image = parser.get_parsed_content("dataset")[0]["image"].as_tensor()[None]
-    image = image.to(parser.get_parsed_content("device"))
+    start, start_cpu = time.perf_counter(), time.process_time()
+    workflow.run()
+    job = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu}
+    if name == "share":
+        return job
+    image = parser.get_parsed_content("preprocessing")({"image": scans[0]})["image"].as_tensor()[None]
     with torch.no_grad(), inferer.autocast():
-        network.encode(image)
-        start = time.perf_counter()
-        for _ in range(n_volumes):
-            mu, _ = network.encode(image)
-        mu.sum().item()  # waits for a GPU
-    return time.perf_counter() - start
+        alone = measure(lambda: network.encode(image), calls)
+    return job | {"network_cpu_seconds": alone["cpu_seconds"] * len(scans)}
+
+
+def encode_in_two_processes(arguments: list[str], folder: str) -> dict[str, float]:
+    """The job under torchrun: processor's time of both together, clock of the slower."""
+    torchrun(["--standalone", "--nproc_per_node=2", __file__, *arguments, "--run", "share", "--output_dir", folder])
+    shares = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("share_*.json"))]
+    return {"cpu_seconds": sum(s["cpu_seconds"] for s in shares), "seconds": max(s["seconds"] for s in shares)}
 
 
 def main() -> None:
-    """Measure both, twice, in turns, and print the better of each."""
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--dataset_dir", default="", help="cohort; without it the demo cohort")
-    arguments.add_argument("--weights", default="")
-    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments.add_argument("--repeats", type=int, default=2)
-    given = arguments.parse_args()
+    """Measure and print the tables."""
+    parser = arguments(__doc__ or "", repeats=1, calls=2)
+    parser.add_argument("--dataset_dir", default="", help="cohort; without it the demo cohort")
+    parser.add_argument("--volumes", default="4,8,16")
+    parser.add_argument("--coarse", action="store_true")
+    parser.add_argument("--output_dir", default="", help="of the two processes")
+    given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    jobs, alone, n_volumes = [], [], 0
-    for _ in range(given.repeats):
+    counts = sorted(int(count) for count in given.volumes.split(","))
+    common = ["--dataset_dir", given.dataset_dir, "--volumes", given.volumes, "--calls", str(given.calls)]
+    common += ["--threads", str(given.threads), *(["--coarse"] if given.coarse else [])]
+    if given.run:
+        count = int(given.run) if given.run.isdigit() else counts[-1]
+        scans = [record["image"] for record in read_cohort(given.dataset_dir)][:count]
         with tempfile.TemporaryDirectory() as folder:
-            parser = parser_of(given.dataset_dir, folder, given.weights)
-            n_volumes, seconds = whole_job(parser)
-            jobs.append(seconds)
-            alone.append(encoder_alone(parser, n_volumes))
-    ratio = min(alone) / min(jobs)
-    print(f"{n_volumes} volumes, {given.threads} threads, best of {given.repeats}")
-    print(f"whole job {n_volumes / min(jobs):.3f} volumes a second, encoder alone {n_volumes / min(alone):.3f}")
-    print(f"throughput of the job over that of the encoder alone: {100 * ratio:.0f} %")
+            if given.run == "two processes":
+                figures = encode_in_two_processes(common, folder)
+            else:
+                figures = encode(given.run, scans, given.output_dir or folder, given.coarse, given.calls)
+        if given.run == "share":
+            Path(given.output_dir, f"share_{os.environ['RANK']}.json").write_text(json.dumps(figures))
+        print(json.dumps(figures))
+        return
+
+    figures = run_in_turns(__file__, [*map(str, counts), "two processes"], given.repeats, common)
+    few, most = figures[str(counts[0])], figures[str(counts[-1])]
+    print(f"torch {torch.__version__}, {given.threads} threads, processor's time, best of {given.repeats}")
+    print("| volumes | time a volume | of it the network |")
+    print("|---|---|---|")
+    for count in counts:
+        job = figures[str(count)]
+        ratio = job["cpu_seconds"] / count / (few["cpu_seconds"] / counts[0])
+        print(f"| {count} | {ratio:.2f} | {100 * job['network_cpu_seconds'] / job['cpu_seconds']:.0f} % |")
+    two = figures["two processes"]
+    ratios = {label: two[key] / most[key] for label, key in (("processor's time", "cpu_seconds"), ("clock", "seconds"))}
+    print(f"two processes : one, {counts[-1]} volumes, on {len(os.sched_getaffinity(0))} cores:")
+    print(", ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items()))
 
 
 if __name__ == "__main__":

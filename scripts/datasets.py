@@ -45,16 +45,18 @@ def cached_dataset(
         data: cohort records.
         transform: preprocessing, then augmentation.
         cache_dir: folder for a cache that outlives the run, filled on first use and shared by workers and ranks;
-            empty: in memory, filled here.
-        num_workers: threads that fill the cache in memory.
-        progress: show a bar while the cache in memory fills.
+            empty: in memory.
+        num_workers: the data loader's. Its workers would each fill a cache of their own, so with them the one in memory
+            is filled here, by as many threads; without them it fills while the first epoch reads, and the first step
+            need not wait for all scans.
+        progress: show a bar while the cache in memory is filled here.
 
     Raises:
         InputError: `cache_dir` is no folder, or a deterministic transform cannot be hashed for it.
     """
     if cache_dir:
         return DiskCacheDataset(data, transform, cache_dir)
-    return CacheDataset(data, transform, num_workers=num_workers, progress=progress)
+    return CacheDataset(data, transform, num_workers=num_workers, progress=progress, runtime_cache=num_workers == 0)
 
 
 class DiskCacheDataset(PersistentDataset):

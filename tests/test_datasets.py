@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset, MetaTensor
+from monai.data import CacheDataset, DataLoader, MetaTensor
 from monai.transforms import Compose, EnsureTyped, Lambdad, LoadImaged, RandGaussianNoised, ScaleIntensityd
 
 from scripts import datasets
@@ -64,11 +64,23 @@ def image_of(dataset, index: int = 0) -> torch.Tensor:
 
 
 def test_empty_cache_dir_caches_in_memory(records):
-    """The default needs no folder."""
+    """The default needs no folder, and reads a scan when it is first asked for."""
+    other = image_of(cached_dataset(records, transform(), progress=False), 1)
     dataset = cached_dataset(records, transform(), progress=False)
     assert isinstance(dataset, CacheDataset)
+    os.replace(records[1]["image"], records[0]["image"])
+    assert torch.equal(image_of(dataset), other)
     os.remove(records[0]["image"])
-    assert image_of(dataset).shape == (1, 6, 7, 8)
+    assert torch.equal(image_of(dataset), other)
+
+
+def test_workers_find_the_cache_in_memory_filled(records):
+    """Each would fill one of its own, every epoch anew."""
+    dataset = cached_dataset(records, transform(), num_workers=1, progress=False)
+    for record in records:
+        os.remove(record["image"])
+    loader = DataLoader(dataset, batch_size=1, num_workers=1)
+    assert [batch["image"].shape for batch in loader] == [(1, 1, 6, 7, 8)] * 2
 
 
 def test_second_visit_reads_the_file(records, tmp_path):

@@ -30,7 +30,7 @@ __all__ = ["Message", "errors_page", "messages", "preflight_messages", "write"]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 SECTIONS = {
-    "Command line and configs": ("arguments", "errors", "files", "distributed"),
+    "Command line and configs": ("arguments", "errors", "files", "output_folder", "distributed"),
     "Finding the scans": ("cohort", "cohort_forms", "demo", "datasets"),
     "Weights and networks": ("networks", "lpips", "foreign_weights", "exported", "export", "streaming"),
     "Preparing a scan": ("transforms", "source_grid"),

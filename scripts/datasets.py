@@ -93,9 +93,9 @@ class DiskCacheDataset(PersistentDataset):
 
 
 class AheadLoader(ThreadDataLoader):
-    """MONAI's `ThreadDataLoader`, whose thread loads ahead, with errors: MONAI's ends quietly before a scan that fails."""
+    """MONAI's `ThreadDataLoader`, whose thread loads ahead, but with errors: MONAI's ends quietly at the first."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         """Batches; the error of one that cannot be loaded is raised when its turn comes."""
         for item in ThreadBuffer(_with_error(DataLoader.__iter__(self)), self.buffer_size, self.buffer_timeout):
             if isinstance(item, Exception):

@@ -66,8 +66,8 @@ def as_flag(value: bool | int | str, key: str) -> bool:
 def report_input_errors() -> None:
     """Print an `InputError` anywhere in the chain of an uncaught exception as one line, and exit with code 2.
 
-    So it prints an interruption, with the exit code 130 (Ctrl-C) or 143 (SIGTERM). Ignite's log of the same error, which
-    may hold a worker's traceback, is left out.
+    The same for an interruption, with the exit code 130 (Ctrl-C) or 143 (SIGTERM). Ignite's log of the same error,
+    which may hold a worker's traceback, is left out.
     """
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_said_once)
@@ -130,14 +130,14 @@ def _fault(error: BaseException) -> str | None:
     gone = re.search(r"cannot find a suitable reader for file: (.+)\.\n", text)
     if "io.dictionary.LoadImaged" in text:  # the file went while its voxels were read
         gone = gone or re.search(r"No such file or directory: '(.+)'", "\n".join(map(str, _chain(error))))
-    killed = re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: \w.*?\.|exited unexpectedly)", text)
+    killed = re.search(r"DataLoader worker \(pid.*?\) (?:is )?(killed by signal: \w.*?\.|exited unexpectedly)", text)
     fault = None
     if gone:
         fault = InputError(f"{gone[1]} can no longer be read; put it back as it was, then run again.")
     elif killed:
         fault = InputError(
-            f"a process that loads scans has ended ({killed[1].rstrip('.')}); if memory is short, lower num_workers, then "
-            "run again."
+            f"a process that loads scans has ended ({killed[1].rstrip('.')}); if memory is short, lower num_workers, "
+            "then run again."
         )
     elif is_disk_full(error):
         place = getattr(error, "filename", None) or "the disk"

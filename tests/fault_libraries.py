@@ -1,4 +1,4 @@
-"""Loaded once by the server of tests/fault_injection.py: what every job imports, so that its processes start at once."""
+"""Loaded once by the server of tests/fault_injection.py: what every job imports, so that processes start at once."""
 
 from importlib import import_module
 from pathlib import Path

@@ -133,11 +133,12 @@ def _fault(error: BaseException) -> str | None:
     killed = re.search(r"DataLoader worker \(pid.*?\) (?:is )?(killed by signal: \w.*?\.|exited unexpectedly)", text)
     fault = None
     if gone:
-        fault = InputError(f"{gone[1]} can no longer be read; put it back as it was, then run again.")
+        scan = gone[1]
+        fault = InputError(f"{scan} can no longer be read; put it back as it was, then run again.")
     elif killed:
+        reason = killed[1].rstrip(".")
         fault = InputError(
-            f"a process that loads scans has ended ({killed[1].rstrip('.')}); if memory is short, lower num_workers, "
-            "then run again."
+            f"a process that loads scans has ended ({reason}); if memory is short, lower num_workers, then run again."
         )
     elif is_disk_full(error):
         place = getattr(error, "filename", None) or "the disk"

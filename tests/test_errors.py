@@ -131,7 +131,7 @@ def test_an_interruption_is_one_line(body, code, line):
 FAULTS = {
     "full disk": ("raise OSError(28, 'No space left on device', '/out/a')", "no space is left on /out/a; free some"),
     "full quota": ("raise OSError(122, 'Disk quota exceeded')", "no space is left on the disk; free"),
-    "torch's full disk": ("raise RuntimeError('[enforce fail] No space left on device')", "no space is left on the disk"),
+    "torch's full disk": ("raise RuntimeError('[enforce fail] No space left on device')", "no space is left on the"),
     "a scan gone": (
         "raise RuntimeError('LoadImage cannot find a suitable reader for file: /in/a b.nii.gz.\\n more')",
         "/in/a b.nii.gz can no longer be read; put it back",

@@ -20,7 +20,7 @@ pytest.importorskip("fcntl")
 Start = Callable[..., "subprocess.Popen[str]"]
 
 HOLDS = (
-    "import sys, time\nfrom scripts.output_folder import claim_folder, share_folder\n"
+    "import os, sys, time\nfrom scripts.output_folder import claim_folder, share_folder\n"
     "from scripts.errors import report_input_errors\nreport_input_errors()\n{body}(sys.argv[1])\n"
     "print('holds', flush=True)\ntime.sleep(100)\n"
 )
@@ -77,9 +77,8 @@ def test_who_may_write_beside_whom(first: str, second: str, together: bool, star
 
 def test_a_killed_run_holds_nothing(start: Start, tmp_path: Path) -> None:
     """Also while a process lives that it has forked, as a data loader does."""
-    first = start(
-        tmp_path, "__import__('os').register_at_fork, claim_folder(sys.argv[1]), __import__('os').fork() or print"
-    )
+    forks = "(lambda folder: claim_folder(folder) or os.fork() or (time.sleep(6), os._exit(0)))"
+    first = start(tmp_path, forks)
     assert holds(first)
     first.kill()
     first.wait()

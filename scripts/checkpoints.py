@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from scripts.distributed import gathered
-from scripts.errors import InputError
+from scripts.errors import InputError, Interrupted
 from scripts.files import is_packed, replacing
 from scripts.networks import UNREADABLE
 
@@ -73,6 +73,7 @@ class RunCheckpoint:
             early_stop.set_trainer(trainer)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
         trainer.add_event_handler(Events.COMPLETED, self._save_final)
+        trainer.add_event_handler(Events.EXCEPTION_RAISED, self._explain)
 
     def start(self, resume: bool) -> int:
         """Load the newest whole checkpoint of the folder, or make sure that there is none to be overwritten.
@@ -125,6 +126,8 @@ class RunCheckpoint:
                 damaged.append(found[epoch].name)
                 continue
             self._load(content, found[epoch])
+            if not self.unfinished:  # a kill after the last checkpoint has left no or an older final model
+                self._save_final(self._engines()[0])
             print(f"going on after epoch {epoch} ({found[epoch].name})")
             return epoch
         if damaged:
@@ -201,6 +204,14 @@ class RunCheckpoint:
         self._export("model_final.pt")
         if self._engines()[1].state.best_metric_epoch == -1:  # no validation has run
             self._export("model.pt")
+
+    def _explain(self, engine: Engine, error: BaseException) -> None:
+        """Pass an error on; an interruption with what is kept of the run."""
+        if isinstance(error, KeyboardInterrupt):
+            code, found = getattr(error, "exit_code", 130), self._found()
+            remedy = f"add --resume True to the same command to go on after epoch {max(found)}." if found else ""
+            raise (Interrupted(remedy, code) if remedy else Interrupted(exit_code=code)) from error
+        raise error
 
     def _export(self, name: str) -> None:
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}

@@ -15,21 +15,22 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import monai
 import torch
-from monai.data import CacheDataset, Dataset, PersistentDataset
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, ThreadDataLoader
+from monai.data.thread_buffer import ThreadBuffer
 from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor
 
 from scripts.errors import InputError
 from scripts.files import replacing
 
-__all__ = ["DiskCacheDataset", "cached_dataset", "record_hash", "transforms_hash"]
+__all__ = ["AheadLoader", "DiskCacheDataset", "cached_dataset", "record_hash", "transforms_hash"]
 
 
 def cached_dataset(
@@ -93,6 +94,17 @@ class DiskCacheDataset(PersistentDataset):
         return prepared
 
 
+class AheadLoader(ThreadDataLoader):
+    """MONAI's `ThreadDataLoader`, whose thread loads ahead, but with errors: MONAI's ends quietly at the first."""
+
+    def __iter__(self) -> Any:
+        """Batches; the error of one that cannot be loaded is raised when its turn comes."""
+        for item in ThreadBuffer(_with_error(DataLoader.__iter__(self)), self.buffer_size, self.buffer_timeout):
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
 def record_hash(record: Mapping[str, Any]) -> bytes:
     """Hash of a record and of the size and time of change of every file that it names (32 hex digits)."""
     state = {
@@ -127,6 +139,13 @@ def transforms_hash(transforms: Sequence[Transform]) -> bytes:
     for text in [monai.__version__, *sources]:
         digest.update(text.encode())
     return digest.hexdigest().encode()
+
+
+def _with_error(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except Exception as error:
+        yield error
 
 
 def _stat(path: str | os.PathLike) -> os.stat_result | None:

@@ -30,7 +30,7 @@ __all__ = ["Message", "errors_page", "messages", "preflight_messages", "write"]
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 SECTIONS = {
-    "Command line and configs": ("arguments", "errors", "files", "distributed"),
+    "Command line and configs": ("arguments", "errors", "files", "output_folder", "distributed"),
     "Finding the scans": ("cohort", "cohort_forms", "demo", "datasets"),
     "Weights and networks": ("networks", "lpips", "foreign_weights", "exported", "export", "streaming"),
     "Preparing a scan": ("transforms", "source_grid"),
@@ -56,7 +56,8 @@ TRANSPARENT = ("_by", "_short", "ascii", "iter", "join", "list", "map", "next", 
 HEAD = """# Errors
 
 What stops a job, why, and what to do. A mistake that you can mend ends in one line that begins with `error:`, and in
-exit code 2. The line says what is wrong and then what to do; below, the two stand apart. Anything else ends with a
+exit code 2. The line says what is wrong and then what to do; below, the two stand apart. Ctrl-C and a scheduler's
+SIGTERM end in one line that begins with `interrupted:`, and in exit code 130 or 143. Anything else ends with a
 traceback: please report it with the whole text.
 
 `<...>` stands for what the line names: your file, your value, a number. Search the page for the words around it. The

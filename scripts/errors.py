@@ -1,22 +1,42 @@
 """A user's mistake ends in one sentence and exit code 2; a mistake of ours keeps its traceback.
 
 Every module raises `InputError` for what the user can mend. The configs call `report_input_errors()` first thing
-in `initialize`, so that MONAI's and Ignite's wrappers around the error are left out of what the user sees.
+in `initialize`, so that MONAI's and Ignite's wrappers around the error are left out of what the user sees. What breaks
+under a job, a full disk, a scan that is gone, a worker process that was killed, is told the same way.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import re
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 
-__all__ = ["InputError", "as_flag", "report_input_errors"]
+from tqdm import tqdm
+
+__all__ = ["InputError", "Interrupted", "as_flag", "is_disk_full", "report_input_errors"]
 
 EXIT_CODE = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class InputError(ValueError):
     """Input, configuration or weights that the user has to mend; the message names the file and the remedy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a scheduler's SIGTERM, with what to do next.
+
+    Args:
+        remedy: a sentence for the user.
+        exit_code: 128 and the signal's number, as shells count.
+    """
+
+    def __init__(self, remedy: str = "run the same command again.", exit_code: int = 130) -> None:
+        super().__init__(remedy)
+        self.exit_code = exit_code
 
 
 def as_flag(value: bool | int | str, key: str) -> bool:
@@ -44,20 +64,50 @@ def as_flag(value: bool | int | str, key: str) -> bool:
 
 
 def report_input_errors() -> None:
-    """Print an `InputError` anywhere in the chain of an uncaught exception as one line, and exit with code 2."""
+    """Print an `InputError` anywhere in the chain of an uncaught exception as one line, and exit with code 2.
+
+    The same for an interruption, with the exit code 130 (Ctrl-C) or 143 (SIGTERM). Ignite's log of the same error,
+    which may hold a worker's traceback, is left out.
+    """
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_said_once)
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        cause: BaseException | None = error
-        while cause is not None:
-            message = _message(cause)
-            if message is not None:
-                print(f"error: {_printable(message)}", file=sys.stderr, flush=True)
-                raise SystemExit(EXIT_CODE)
-            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, KeyboardInterrupt):
+            interrupted = error if isinstance(error, Interrupted) else Interrupted()
+            tqdm.write(f"interrupted: {_printable(str(interrupted))}", file=sys.stderr)
+            raise SystemExit(interrupted.exit_code)
+        messages = [read(cause) for read in (_message, _fault) for cause in _chain(error)]
+        for message in filter(None, messages):
+            tqdm.write(f"error: {_printable(message)}", file=sys.stderr)  # on a line of its own, also under a bar
+            raise SystemExit(EXIT_CODE)
         previous(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that a disk or a quota has no space left.
+
+    torch and safetensors pass the system's error on as text.
+    """
+    return any(
+        isinstance(cause, OSError) and cause.errno in DISK_FULL or "No space left on device" in str(cause)
+        for cause in _chain(error)
+    )
+
+
+def _is_said_once(record: logging.LogRecord) -> bool:
+    return "run is terminating due to exception" not in str(record.msg)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _printable(text: str) -> str:
@@ -72,3 +122,25 @@ def _message(error: BaseException) -> str | None:
         found = re.findall(r"^(?:scripts\.errors\.)?InputError: (.+)$", text, re.MULTILINE)
         return found[-1] if found else None
     return text if isinstance(error, InputError) else None
+
+
+def _fault(error: BaseException) -> str | None:
+    """What the system, MONAI's readers and torch's data loader say where something breaks under a running job."""
+    text = str(error)
+    gone = re.search(r"cannot find a suitable reader for file: (.+)\.\n", text)
+    if "io.dictionary.LoadImaged" in text:  # the file went while its voxels were read
+        gone = gone or re.search(r"No such file or directory: '(.+)'", "\n".join(map(str, _chain(error))))
+    killed = re.search(r"DataLoader worker \(pid.*?\) (?:is )?(killed by signal: \w.*?\.|exited unexpectedly)", text)
+    fault = None
+    if gone:
+        scan = gone[1]
+        fault = InputError(f"{scan} can no longer be read; put it back as it was, then run again.")
+    elif killed:
+        reason = killed[1].rstrip(".")
+        fault = InputError(
+            f"a process that loads scans has ended ({reason}); if memory is short, lower num_workers, then run again."
+        )
+    elif is_disk_full(error):
+        place = getattr(error, "filename", None) or "the disk"
+        fault = InputError(f"no space is left on {place}; free some, then run again.")
+    return None if fault is None else str(fault)

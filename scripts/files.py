@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.errors import InputError
+from scripts.errors import InputError, is_disk_full
 
-__all__ = ["file_sha256", "is_packed", "remove_unfinished", "replacing"]
+__all__ = ["check_writable", "file_sha256", "is_packed", "remove_unfinished", "replacing"]
 
 
 @contextmanager
@@ -30,20 +30,28 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         The temporary path.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError: the folder cannot be written to, or its disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{_machine()}-{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); choose another folder.") from error
+    temporary = _made(path.with_name(f".{_machine()}-{os.getpid()}.{path.name}"))
     try:
         yield temporary
         os.replace(temporary, path)
+    except Exception as error:
+        if is_disk_full(error) and not isinstance(error, InputError):
+            raise _no_space(path) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder where it is missing, and try whether files can be written there.
+
+    Raises:
+        InputError: the folder cannot be written to, or its disk is full.
+    """
+    _made(Path(folder) / f".{_machine()}-{os.getpid()}.writable").unlink()
 
 
 def remove_unfinished(folder: str | Path) -> None:
@@ -79,6 +87,23 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+
+
+def _made(temporary: Path) -> Path:
+    """The path of a new empty file."""
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        folder = temporary.parent
+        if is_disk_full(error):
+            raise _no_space(folder) from error
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another folder.") from error
+    return temporary
+
+
+def _no_space(path: Path) -> InputError:
+    return InputError(f"{path} cannot be written, no space is left on its disk; free some, then run again.")
 
 
 def _machine() -> str:

@@ -19,7 +19,7 @@ from torch import nn
 
 from scripts.checkpoints import RunCheckpoint
 from scripts.engines import prepare_batch
-from scripts.errors import InputError
+from scripts.errors import InputError, Interrupted
 from scripts.handlers import EpochSeed, GradientClip, WarmEMA
 from scripts.losses import VAELoss
 from scripts.metrics import VolumeMetric
@@ -346,6 +346,44 @@ def test_run_without_validation_exports_its_last_epoch(tmp_path):
     run.trainer.run()
     model, final = read_state_dict(tmp_path / "model.pt"), read_state_dict(tmp_path / "model_final.pt")
     assert all(torch.equal(value, final[name]) for name, value in model.items())
+
+
+@pytest.mark.parametrize("left", ["nothing", "an older one"])
+def test_a_kill_before_the_final_model_is_made_good(tmp_path, left):
+    """The last checkpoint is there, so nothing is left to train; `model_final.pt` is missing, or of fewer epochs."""
+    run = build(tmp_path, epochs=2)
+    run.checkpoint.start(False)
+    run.trainer.run()
+    final = tmp_path / "model_final.pt"
+    expected = final.read_bytes()
+    final.unlink() if left == "nothing" else final.write_bytes(b"older")
+    again = build(tmp_path, epochs=2)
+    again.checkpoint.start(True)
+    assert not again.checkpoint.unfinished
+    assert final.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "remedy"),
+    [
+        (2, "run the same command again."),
+        (STEPS + 1, "add --resume True to the same command to go on after epoch 1."),
+    ],
+)
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt(), 130), (Interrupted(exit_code=143), 143)])
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, step, remedy, signal, code):
+    """Before the first epoch's end, and after it."""
+
+    def interrupt(engine: Engine) -> None:
+        if engine.state.iteration == step:
+            raise signal
+
+    run = build(tmp_path)
+    run.checkpoint.start(False)
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, interrupt)
+    with pytest.raises(Interrupted) as raised:
+        run.trainer.run()
+    assert (str(raised.value), raised.value.exit_code) == (remedy, code)
 
 
 def test_validation_every_second_epoch(tmp_path):

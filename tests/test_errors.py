@@ -113,11 +113,52 @@ def test_our_mistake_keeps_its_traceback(body):
     assert done.stderr.startswith("Traceback (most recent call last)")
 
 
-def test_interrupt_is_left_alone():
-    """Ctrl-C is no mistake: the interpreter's own end (exit by SIGINT)."""
-    done = run_script("raise KeyboardInterrupt")
-    assert done.returncode == -2
-    assert "KeyboardInterrupt" in done.stderr
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted: run the same command again."),
+        ("raise Interrupted('go on.', 143)", 143, "interrupted: go on."),
+        ("try:\n  raise InputError('x')\nexcept InputError:\n  raise KeyboardInterrupt", 130,
+         "interrupted: run the same command again."),
+    ],
+)  # fmt: skip
+def test_an_interruption_is_one_line(body, code, line):
+    """Ctrl-C, and what a handler of it raises; also while an error is handled."""
+    done = run_script(f"from scripts.errors import Interrupted\n{body}")
+    assert (done.returncode, done.stderr.splitlines()) == (code, [line])
+
+
+FAULTS = {
+    "full disk": ("raise OSError(28, 'No space left on device', '/out/a')", "no space is left on /out/a; free some"),
+    "full quota": ("raise OSError(122, 'Disk quota exceeded')", "no space is left on the disk; free"),
+    "torch's full disk": ("raise RuntimeError('[enforce fail] No space left on device')", "no space is left on the"),
+    "a scan gone": (
+        "raise RuntimeError('LoadImage cannot find a suitable reader for file: /in/a b.nii.gz.\\n more')",
+        "/in/a b.nii.gz can no longer be read; put it back",
+    ),
+    "a worker killed": (
+        "raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')",
+        "a process that loads scans has ended (killed by signal: Killed); if memory is short",
+    ),
+    "a worker gone": (
+        "raise RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly')",
+        "a process that loads scans has ended (exited unexpectedly)",
+    ),
+    "the first that is ours": (
+        "try:\n  raise OSError(28, 'No space left on device')\nexcept OSError as e:\n  raise InputError('mine') from e",
+        "mine",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_breaks_under_a_job_is_one_line(fault):
+    """With exit code 2, as a mistake."""
+    body, expected = FAULTS[fault]
+    done = run_script(body)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {expected}")
 
 
 def test_reporting_twice_prints_once():
@@ -183,8 +224,26 @@ def test_read_only_folder_is_named(tmp_path):
         raise AssertionError("the block must not run")
 
 
-def test_error_of_the_block_is_not_taken_for_the_folders(tmp_path):
-    """An OSError of what is written, a full disk say, is passed on as it is."""
-    with pytest.raises(OSError, match="No space left") as error, replacing(tmp_path / "a.csv"):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        RuntimeError("No space left on device"),
+    ],
+)
+def test_a_full_disk_is_said(tmp_path, error):
+    """The system's error, or torch's, which gives it on as text."""
+    (tmp_path / "a.csv").write_text("old")
+    with pytest.raises(InputError, match=r"a.csv cannot be written, no space .*; free some, then run again") as raised:  # noqa: SIM117
+        with replacing(tmp_path / "a.csv"):
+            raise error
+    assert raised.value.__cause__ is error
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.csv", "old")]
+
+
+def test_another_error_of_the_block_is_passed_on(tmp_path):
+    """It is not taken for the folder's."""
+    with pytest.raises(OSError, match="Input/output error") as error, replacing(tmp_path / "a.csv"):
+        raise OSError(5, "Input/output error")
     assert not isinstance(error.value, InputError)

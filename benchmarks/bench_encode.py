@@ -54,7 +54,7 @@ def encode(name: str, scans: list[str], output_dir: str, coarse: bool, calls: in
 
 def encode_in_two_processes(arguments: list[str], folder: str) -> dict[str, float]:
     """The job under torchrun: processor's time of both together, clock of the slower."""
-    torchrun(["--standalone", "--nproc_per_node=2", __file__, *arguments, "--run", "share", "--output_dir", folder])
+    torchrun(["--standalone", "--nproc_per_node=2", __file__, *arguments, "--output_dir", folder])
     shares = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("share_*.json"))]
     return {"cpu_seconds": sum(s["cpu_seconds"] for s in shares), "seconds": max(s["seconds"] for s in shares)}
 
@@ -71,6 +71,8 @@ def main() -> None:
     counts = sorted(int(count) for count in given.volumes.split(","))
     common = ["--dataset_dir", given.dataset_dir, "--volumes", given.volumes, "--calls", str(given.calls)]
     common += ["--threads", str(given.threads), *(["--coarse"] if given.coarse else [])]
+    if "RANK" in os.environ:
+        given.run = "share"
     if given.run:
         count = int(given.run) if given.run.isdigit() else counts[-1]
         scans = [record["image"] for record in read_cohort(given.dataset_dir)][:count]

@@ -34,7 +34,8 @@ TURNS = 3
 CHANNELS_LAST = torch.channels_last_3d
 Way = Callable[[], object]
 
-MOST_START = 2.0  # processor's time from the command to the report of a tiny scan, `import torch, monai` being 1
+# Measured: 1.27 and 2.27.
+MOST_START = 1.8  # processor's time from the command to the report of a tiny scan, `import torch, monai` being 1
 LEAST_MEMORY = 1.5  # added to the peak by LPIPS of all slices of an axis at once, that of LPIPS3D being 1
 PEAK_OF_LPIPS = """
 import json, sys, torch
@@ -101,8 +102,8 @@ def network() -> tuple[Way, Way]:
 
 
 @pytest.mark.parametrize(
-    ("ways", "least"),  # measured on an AMD EPYC with avx512_bf16:
-    [(lpips, 1.8), (group_norm, 1.3), (upsampling, 1.3), (network, 1.2)],
+    ("ways", "least"),  # measured on an AMD EPYC with avx512_bf16: 6.4, 1.7, 2.8, 1.5
+    [(lpips, 3.0), (group_norm, 1.3), (upsampling, 1.8), (network, 1.2)],
 )
 def test_ours_is_faster_than_the_plain_way(ways: Callable[[], tuple[Way, Way]], least: float) -> None:
     """Each plain way is described at its function."""

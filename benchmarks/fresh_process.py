@@ -85,6 +85,7 @@ def run_in_turns(
             command = [sys.executable, script, "--run", name, *extra]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results.append(json.loads(printed.splitlines()[-1]))
+            print(f"{name}: {results[-1]}", file=sys.stderr, flush=True)  # a run that breaks off has said something
     return {name: best_of(results) for name, results in runs.items()}
 
 

@@ -38,6 +38,7 @@ N_KILLS, N_INTERRUPTS, N_SIZES = 20, 2, 2  # of each job
 N_SCANS = 4
 LONGEST = 120.0  # seconds; a job takes a few
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+OF_ONE_RUN = ("command", "config_sha256", "started", "finished", "earlier")  # in run.json
 WITHOUT_LPIPS = {"perceptual": "$torch.nn.MSELoss()"}  # which keeps nothing between volumes and takes most of the time
 MORE = {
     "train": ["--epochs", "3", "--perceptual_weight", "0", "--batch_size", "1", "--label", "group"],
@@ -228,11 +229,22 @@ def contents(output: Path) -> dict[str, str]:
     Without TensorBoard's event files, which hold times and grow, and the report of a training, which shows the command.
     """
     return {
-        path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(output).as_posix(): digest(path, path.name)
         for path in sorted(output.rglob("*"))
         if path.is_file() and path.name[0] != "." and "tensorboard" not in path.parts
         and not (path.name == "report.html" and (output / "metrics.csv").exists() and (output / "checkpoints").exists())
     }  # fmt: skip
+
+
+def digest(path: Path, name: str) -> str:
+    """sha256 of a file that has or gets this name; of a whole `run.json` without times, command and earlier runs."""
+    content = path.read_bytes()
+    if name == "run.json":
+        with suppress(ValueError):
+            record = json.loads(content)
+            kept = {key: value for key, value in record.items() if key not in OF_ONE_RUN}
+            content = json.dumps([sorted(record), kept]).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def left_overs(output: Path) -> list[Path]:
@@ -264,7 +276,7 @@ def run_here(arguments: list[str], output: str, log: str, fault: Fault) -> None:
             if event == "os.rename" and fault.number == signal.SIGKILL:
                 os.truncate(values[0], int(fault.share * os.path.getsize(values[0])))
             os.kill(process, fault.number)
-        content = hashlib.sha256(Path(values[0]).read_bytes()).hexdigest() if event == "os.rename" else ""
+        content = digest(Path(values[0]), Path(path).name) if event == "os.rename" else ""
         changes.append([event, os.path.relpath(path, output), content])
 
     sys.addaudithook(watch)

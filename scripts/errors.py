@@ -11,6 +11,7 @@ import errno
 import logging
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -85,6 +86,13 @@ def report_input_errors() -> None:
         previous(kind, error, traceback)
 
     sys.excepthook = hook
+    previous_in_threads = threading.excepthook
+
+    def thread_hook(fault: threading.ExceptHookArgs) -> None:
+        if fault.exc_value is None or not is_disk_full(fault.exc_value):  # TensorBoard raises it again when it is used
+            previous_in_threads(fault)
+
+    threading.excepthook = thread_hook
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -141,6 +149,6 @@ def _fault(error: BaseException) -> str | None:
             f"a process that loads scans has ended ({reason}); if memory is short, lower num_workers, then run again."
         )
     elif is_disk_full(error):
-        place = getattr(error, "filename", None) or "the disk"
+        place = getattr(error, "filename", None) or "the disk of output_dir"
         fault = InputError(f"no space is left on {place}; free some, then run again.")
     return None if fault is None else str(fault)

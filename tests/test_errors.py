@@ -130,7 +130,7 @@ def test_an_interruption_is_one_line(body, code, line):
 
 FAULTS = {
     "full disk": ("raise OSError(28, 'No space left on device', '/out/a')", "no space is left on /out/a; free some"),
-    "full quota": ("raise OSError(122, 'Disk quota exceeded')", "no space is left on the disk; free"),
+    "full quota": ("raise OSError(122, 'Disk quota exceeded')", "no space is left on the disk of output_dir; free"),
     "torch's full disk": ("raise RuntimeError('[enforce fail] No space left on device')", "no space is left on the"),
     "a scan gone": (
         "raise RuntimeError('LoadImage cannot find a suitable reader for file: /in/a b.nii.gz.\\n more')",
@@ -149,6 +149,17 @@ FAULTS = {
         "mine",
     ),
 }  # fmt: skip
+
+
+def test_a_full_disk_is_told_once():
+    """TensorBoard's thread meets it first; other errors of threads are shown."""
+    thread = (
+        "import threading\ndef go():\n  raise {}\nthread = threading.Thread(target=go)\nthread.start()\nthread.join()\n"
+    )
+    full = "OSError(28, 'No space left on device')"
+    done = run_script(thread.format(full) + f"raise {full}")
+    assert done.stderr.splitlines() == ["error: no space is left on the disk of output_dir; free some, then run again."]
+    assert "KeyError" in run_script(thread.format("KeyError('ours')")).stderr
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -140,12 +140,13 @@ def test_a_used_folder_is_not_overwritten(run_bundle: Run, bids: Path, trained: 
     [
         (("recipe",), ["--scale", "1.0"]),
         (("maisi",), ["--attention_levels", "[False, False, True]", "--nonlocal_attention", "True"]),
+        (("low_memory",), []),
         (("finetune",), ["--balanced", "True", "--label", "group"]),
         ((), ["--amp", "True", "--clip_norm", "1", "--num_workers", "2", "--slice_fraction", "0.2"]),
         ((), ["--scale", "0.5", "--perceptual_weight", "0", "--channels_last", "False", "--augment", "False"]),
         ((), ["--roi_size", "[32, 32, 32]"]),
     ],
-    ids=["recipe", "maisi", "finetune-balanced", "bf16", "coarse", "crops"],
+    ids=["recipe", "maisi", "low_memory", "finetune-balanced", "bf16", "coarse", "crops"],
 )
 def test_overlays_and_switches_train(
     overlays: tuple[str, ...], more: list[str], run_bundle: Run, bids: Path, trained: Path, tmp_path: Path

@@ -85,7 +85,8 @@ def copy_cohort(
     """
     check_spacing(spacing)
     if not gamma > 0 or not abs(tilt_degrees) <= 90 or not abs(bias) <= 1:
-        raise InputError("give a gamma above 0, tilt_degrees of 90 at most and a bias between -1 and 1.")
+        found = f"gamma is {gamma!r}, tilt_degrees {tilt_degrees!r} and bias {bias!r}"
+        raise InputError(f"{found}; give a gamma above 0, 90 degrees at most and a bias between -1 and 1.")
     folder, alter = Path(output_dir), alterations(tilt_degrees, spacing, bias, gamma)
     rows: list[dict[str, Any]] = []
     for scan in tqdm(check_cohort(read_cohort(dataset_dir, val_fraction=val_fraction), report_dir=output_dir)):

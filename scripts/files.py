@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scripts.errors import InputError, is_disk_full
 
-__all__ = ["check_writable", "file_sha256", "is_packed", "remove_unfinished", "replacing"]
+__all__ = ["check_writable", "file_sha256", "folder_named", "is_packed", "remove_unfinished", "replacing"]
 
 
 @contextmanager
@@ -52,6 +52,13 @@ def check_writable(folder: str | Path) -> None:
         InputError: the folder cannot be written to, or its disk is full.
     """
     _made(Path(folder) / f".{_machine()}-{os.getpid()}.writable").unlink()
+
+
+def folder_named(output_dir: str | Path) -> Path:
+    """The path of an output folder; InputError where a config or a command line has made something else of it."""
+    if isinstance(output_dir, (str, Path)) and str(output_dir):
+        return Path(output_dir)
+    raise InputError(f"output_dir is {output_dir!r}; give a folder, as ./{output_dir} if its name is a number.")
 
 
 def remove_unfinished(folder: str | Path) -> None:

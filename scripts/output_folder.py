@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from scripts.errors import InputError, Interrupted
-from scripts.files import check_writable, remove_unfinished
+from scripts.files import check_writable, folder_named, remove_unfinished
 
 try:
     import fcntl
@@ -57,7 +57,7 @@ def _begin(output_dir: str, is_shared: bool) -> None:
         signal.signal(signal.SIGTERM, _terminate)
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    folder = Path(output_dir)
+    folder = folder_named(output_dir)
     is_new = not folder.exists()
     check_writable(folder)
     if is_new:

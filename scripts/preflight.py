@@ -27,7 +27,7 @@ from nibabel.spatialimages import SpatialImage
 from tqdm import tqdm
 
 from scripts.errors import InputError
-from scripts.files import replacing
+from scripts.files import folder_named, replacing
 
 __all__ = ["DATA_CRITERIA", "HEADER_CRITERIA", "check_cohort", "check_scan", "misplaced_voxels", "read_voxels"]
 
@@ -325,10 +325,8 @@ def _fingerprint(path: str) -> tuple[str, list[int]]:
 
 
 def _cache_file(report_dir: str | Path) -> Path:
-    if isinstance(report_dir, (str, Path)) and str(report_dir):
-        return Path(report_dir, "preflight.json")
-    if report_dir != "":  # a command line turns a folder's name of digits into a number
-        raise InputError(f"output_dir is {report_dir!r}; give a folder, as ./{report_dir} if its name is a number.")
+    if report_dir != "":
+        return folder_named(report_dir) / "preflight.json"
     places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()
     return Path(next(filter(os.path.isabs, places)), "brain_t1_vae", "preflight.json")
 

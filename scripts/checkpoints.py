@@ -128,6 +128,7 @@ class RunCheckpoint:
             self._load(content, found[epoch])
             if not self.unfinished:  # a kill after the last checkpoint has left no or an older final model
                 self._save_final(self._engines()[0])
+                self._remove_old()
             print(f"going on after epoch {epoch} ({found[epoch].name})")
             return epoch
         if damaged:
@@ -194,6 +195,9 @@ class RunCheckpoint:
         # Into a stream: given a path, torch writes the temporary name, and so the computer's, into the file.
         with replacing(self.folder / f"epoch_{epoch:04d}.pt") as temporary, temporary.open("wb") as stream:
             torch.save(content, stream)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         found = self._found()
         for old in sorted(found)[:-KEPT]:
             found[old].unlink(missing_ok=True)

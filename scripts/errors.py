@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from tqdm import tqdm
 
@@ -21,6 +22,8 @@ __all__ = ["InputError", "Interrupted", "as_flag", "is_disk_full", "report_input
 
 EXIT_CODE = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+USUAL_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+received: list[int] = []  # signals to end, in this process
 
 
 class InputError(ValueError):
@@ -72,11 +75,13 @@ def report_input_errors() -> None:
     """
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_said_once)
+    _end_on_signals()
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            interrupted = error if isinstance(error, Interrupted) else Interrupted()
+        if received or isinstance(error, KeyboardInterrupt):  # libraries at times raise another error instead
+            usual = Interrupted(exit_code=128 + received[-1]) if received else Interrupted()
+            interrupted = next((cause for cause in _chain(error) if isinstance(cause, Interrupted)), usual)
             tqdm.write(f"interrupted: {_printable(str(interrupted))}", file=sys.stderr)
             raise SystemExit(interrupted.exit_code)
         messages = [read(cause) for read in (_message, _fault) for cause in _chain(error)]
@@ -93,6 +98,19 @@ def report_input_errors() -> None:
             previous_in_threads(fault)
 
     threading.excepthook = thread_hook
+
+
+def _end_on_signals() -> None:
+    """End on SIGTERM as on Ctrl-C, where nobody else has said how."""
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in USUAL_HANDLERS.items():
+            if signal.getsignal(number) == usual:
+                signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    received.append(number)
+    raise Interrupted(exit_code=128 + number)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
-import threading
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
-from scripts.errors import InputError, Interrupted
+from scripts.errors import InputError
 from scripts.files import check_writable, folder_named, remove_unfinished
 
 try:
@@ -29,7 +26,7 @@ HELD: dict[str, int] = {}  # folder to open file of the locks of this process, w
 
 
 def claim_folder(output_dir: str) -> None:
-    """Make the folder this run's own, and from now on end on SIGTERM as on Ctrl-C.
+    """Make the folder this run's own.
 
     Args:
         output_dir: made where it is missing, and removed again if nothing is written to it.
@@ -53,8 +50,6 @@ def share_folder(output_dir: str) -> None:
 
 
 def _begin(output_dir: str, is_shared: bool) -> None:
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     folder = folder_named(output_dir)
@@ -88,7 +83,3 @@ def _lock(folder: Path, is_shared: bool) -> None:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(exit_code=128 + number)

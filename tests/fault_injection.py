@@ -152,14 +152,7 @@ class Bench:
         """The same command, which goes on with a training."""
         return self.run(job, output, more=["--resume", "True"] if job == "train" else [])
 
-    def run(
-        self,
-        job: str,
-        output: Path,
-        fault: Fault | None = None,
-        more: list[str] | None = None,
-        cohort: Path | None = None,
-    ) -> Ended:
+    def run(self, job: str, output: Path, fault: Fault | None = None, more: list[str] | None = None) -> Ended:
         """Run a job to its end, which the fault may bring."""
         process, log = self.start(job, output, fault, more)
         process.join(LONGEST)
@@ -171,12 +164,7 @@ class Bench:
         return Ended(process.exitcode, log.read_text(errors="replace"), seconds, changes)
 
     def start(
-        self,
-        job: str,
-        output: Path,
-        fault: Fault | None = None,
-        more: list[str] | None = None,
-        cohort: Path | None = None,
+        self, job: str, output: Path, fault: Fault | None = None, more: list[str] | None = None
     ) -> tuple[Any, Path]:
         """Start a job; its process, and the file with what it prints."""
         log = self.folder / f"log_{len(list(self.folder.glob('log_*.txt')))}.txt"

@@ -363,6 +363,17 @@ def test_a_kill_before_the_final_model_is_made_good(tmp_path, left):
     assert final.read_bytes() == expected
 
 
+def test_a_kill_before_the_oldest_checkpoint_was_removed_is_made_good(tmp_path):
+    """Nothing is left to train, and two checkpoints are kept as ever."""
+    run = build(tmp_path, epochs=3)
+    run.checkpoint.start(False)
+    run.trainer.run()
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    shutil.copy(kept[0], tmp_path / "checkpoints" / "epoch_0001.pt")
+    build(tmp_path, epochs=3).checkpoint.start(True)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == kept
+
+
 @pytest.mark.parametrize(
     ("step", "remedy"),
     [

@@ -113,9 +113,16 @@ def test_our_mistake_keeps_its_traceback(body):
     assert done.stderr.startswith("Traceback (most recent call last)")
 
 
+SWALLOWED = (
+    "import os, time\ntry:\n  os.kill(os.getpid(), {})\n  time.sleep(9)\nexcept BaseException:\n  pass\nraise KeyError"
+)
+
+
 @pytest.mark.parametrize(
     ("body", "code", "line"),
     [
+        (SWALLOWED.format(2), 130, "interrupted: run the same command again."),
+        (SWALLOWED.format(15), 143, "interrupted: run the same command again."),
         ("raise KeyboardInterrupt", 130, "interrupted: run the same command again."),
         ("raise Interrupted('go on.', 143)", 143, "interrupted: go on."),
         ("try:\n  raise InputError('x')\nexcept InputError:\n  raise KeyboardInterrupt", 130,
@@ -123,7 +130,7 @@ def test_our_mistake_keeps_its_traceback(body):
     ],
 )  # fmt: skip
 def test_an_interruption_is_one_line(body, code, line):
-    """Ctrl-C, and what a handler of it raises; also while an error is handled."""
+    """Ctrl-C, and what a handler of it raises; also while an error is handled, and where a library drops it."""
     done = run_script(f"from scripts.errors import Interrupted\n{body}")
     assert (done.returncode, done.stderr.splitlines()) == (code, [line])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,11 @@ def encoding(cohort: Path, output: Path, weights: Path, *more: str) -> list[str]
         "--config_file", "configs/encode.json", "--dataset_dir", str(cohort), "--output_dir", str(output),
         "--weights", str(weights), *TINY_JOB, *more,
     ]  # fmt: skip
+
+
+def interruptible() -> None:
+    """For `preexec_fn`: as a shell starts what runs in the foreground; what it starts with & never hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def contents(folder: Path) -> dict[str, str]:

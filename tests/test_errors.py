@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import interruptible
 
 from scripts.errors import InputError, as_flag
 from scripts.files import replacing
@@ -67,7 +68,10 @@ def run_script(body: str) -> subprocess.CompletedProcess[str]:
     """Run a body in a new Python after `report_input_errors()`."""
     code = f"from scripts.errors import InputError, report_input_errors\nreport_input_errors()\n{body}\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120,
+        preexec_fn=interruptible,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "expected"), FLAGS)

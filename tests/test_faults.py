@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, interruptible
 from fault_injection import (
     JOBS,
     N_INTERRUPTS,
@@ -168,7 +168,9 @@ def test_the_command_itself(job: str, bench: Bench, tmp_path: Path) -> None:
     for number in (signal.SIGKILL, signal.SIGINT):
         (output / "preflight.json").unlink(missing_ok=True)
         more = ["--resume", "True"] if job == "train" and number == signal.SIGINT else []
-        process = subprocess.Popen([*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+        )
         while not (output / "preflight.json").exists():
             assert process.poll() is None
             time.sleep(0.01)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, interruptible
 
 from scripts.errors import InputError
 from scripts.output_folder import claim_folder, share_folder
@@ -35,6 +35,7 @@ def start() -> Iterator[Start]:
         process = subprocess.Popen(
             [sys.executable, "-c", HOLDS.format(body=body), str(folder)], cwd=ROOT, text=True,
             env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=interruptible,
         )  # fmt: skip
         started.append(process)
         return process

@@ -47,6 +47,9 @@ def numbers(n: int, *fast: int) -> list:
     return [number if number in fast else pytest.param(number, marks=pytest.mark.slow) for number in range(n)]
 
 
+FAST_JOBS = ["train", "encode", *(pytest.param(job, marks=pytest.mark.slow) for job in JOBS[2:])]
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Cohort, weights, and a run of each job that nobody disturbs."""
@@ -113,7 +116,7 @@ def test_an_interrupted_training_says_how_to_go_on(bench: Bench, tmp_path: Path)
 
 @MOUNTS
 @pytest.mark.parametrize("number", numbers(N_SIZES, 1))
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", FAST_JOBS)
 def test_a_full_disk(job: str, number: int, bench: Bench, tmp_path: Path) -> None:
     """A part of what the job writes fits; what was written stays, and with more space the job goes on."""
     outcome = on_a_full_disk(bench, job, seeded_parts(job, N_SIZES)[number], tmp_path / "out")
@@ -122,7 +125,7 @@ def test_a_full_disk(job: str, number: int, bench: Bench, tmp_path: Path) -> Non
 
 
 @MOUNTS
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", FAST_JOBS)
 def test_a_read_only_folder(job: str, bench: Bench, tmp_path: Path) -> None:
     """Before any scan is looked at."""
     outcome = on_a_read_only_disk(bench, job, tmp_path / "out")
@@ -132,7 +135,7 @@ def test_a_read_only_folder(job: str, bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", FAST_JOBS)
 def test_a_scan_that_goes_after_the_check(job: str, n_workers: int, bench: Bench, tmp_path: Path) -> None:
     """No result without it: an error with its name, also from a worker process; what is written stays."""
     outcome = with_a_scan_gone(bench, job, n_workers, tmp_path / "out")
@@ -140,7 +143,7 @@ def test_a_scan_that_goes_after_the_check(job: str, n_workers: int, bench: Bench
     assert_mended(outcome)
 
 
-@pytest.mark.parametrize("job", ["train", "encode", *(pytest.param(j, marks=pytest.mark.slow) for j in JOBS[2:])])
+@pytest.mark.parametrize("job", FAST_JOBS)
 def test_a_worker_process_that_is_killed(job: str, bench: Bench, tmp_path: Path) -> None:
     """As the system does when memory is short: an error, and no wait without end."""
     outcome = with_a_dead_worker(bench, job, tmp_path / "out")
@@ -148,7 +151,7 @@ def test_a_worker_process_that_is_killed(job: str, bench: Bench, tmp_path: Path)
     assert_mended(outcome)
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", FAST_JOBS)
 def test_a_second_run_into_the_folder(job: str, bench: Bench, tmp_path: Path) -> None:
     """Refused, but for encoding, where both write the same; the first's death frees the folder."""
     outcome = two_at_once(bench, job, tmp_path / "out")

@@ -155,6 +155,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert (output / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_slurm_script_on_two_nodes(cohort: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
     """Two torchruns of one process each: the validation of one process, early stopping in both, one that writes."""
     script = ROOT / "docs" / "slurm" / "train.sbatch"

@@ -48,7 +48,9 @@ def arguments(job: str, source: Path, output: Path, weights: Path) -> list[str]:
     return [*given, *([] if job == "train" else ["--weights", str(weights)]), *MORE[job], *TINY_JOB]
 
 
-@pytest.mark.parametrize("job", MORE)
+@pytest.mark.parametrize(
+    "job", [pytest.param(job, marks=pytest.mark.slow) if job in ("decode", "sample") else job for job in MORE]
+)
 def test_the_same_run_gives_the_same_bytes(
     job: str, bids: Path, encoded: Path, weights: Path, run_bundle: Run, tmp_path: Path
 ) -> None:

@@ -269,6 +269,8 @@ def run_here(arguments: list[str], output: str, log: str, fault: Fault) -> None:
     except KeyboardInterrupt:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the job is over; what is left is the harness's own
+            signal.signal(number, signal.SIG_IGN)
         sys.stdout.flush()
         Path(log).with_suffix(".json").write_text(json.dumps([time.process_time(), changes]))
 

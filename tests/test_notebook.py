@@ -80,18 +80,21 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
         return execute(nbformat.read(NOTEBOOK, as_version=4))
 
 
+@pytest.mark.slow
 def test_runs_from_top_to_bottom(executed: nbformat.NotebookNode) -> None:
     """No cell ends in an error, and none is left out."""
     assert [cell.execution_count for cell in code_cells(executed)] == list(range(1, len(code_cells(executed)) + 1))
     assert not [output for output in outputs(executed) if output.output_type == "error"]
 
 
+@pytest.mark.slow
 def test_shows_every_picture(executed: nbformat.NotebookNode) -> None:
     """As many as its text speaks of, and none of them is blank."""
     assert len(pictures(executed)) == N_PICTURES
     assert all(picture.convert("L").getextrema()[1] > 200 for picture in pictures(executed))
 
 
+@pytest.mark.slow
 def test_gives_figures_of_every_scan(executed: nbformat.NotebookNode) -> None:
     """All are finite and within their range."""
     table = metrics(executed)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fresh_process import arguments, measure, run_in_turns
+from fresh_process import COARSE, arguments, measure, run_in_turns
 from monai.bundle import ConfigWorkflow
 from torch.distributed.run import main as torchrun
 
@@ -28,8 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.cohort import read_cohort  # noqa: E402
-
-COARSE = {"spacing": 3.0, "spatial_size": [56, 68, 56]}
 
 
 def encode(name: str, scans: list[str], output_dir: str, coarse: bool, calls: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_lpips import slice_loop
-from fresh_process import arguments, measure, peak_gigabytes, run_in_turns, time_key
+from fresh_process import COARSE, arguments, measure, peak_gigabytes, run_in_turns, time_key
 from monai.bundle import ConfigParser
 from monai.networks.nets import AutoencoderKL
 
@@ -31,7 +31,6 @@ from scripts.losses import VAELoss  # noqa: E402
 ORIGINAL = "original's step"
 LOADING = "loading"
 N_LOADED = 20  # volumes
-COARSE = {"spacing": 3.0, "spatial_size": [56, 68, 56]}
 
 
 class Way(NamedTuple):

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["arguments", "best_of", "measure", "peak_gigabytes", "run_in_turns", "time_key"]
+__all__ = ["COARSE", "arguments", "best_of", "measure", "peak_gigabytes", "run_in_turns", "time_key"]
 
 Figures = dict[str, float]
+COARSE = {"spacing": 3.0, "spatial_size": [56, 68, 56]}  # keys of a config: half the resolution
 
 
 def arguments(description: str, repeats: int = 2, calls: int = 3) -> argparse.ArgumentParser:

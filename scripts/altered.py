@@ -25,6 +25,7 @@ from scripts.cohort import read_cohort
 from scripts.errors import InputError, report_input_errors
 from scripts.files import replacing
 from scripts.preflight import check_cohort
+from scripts.writers import write_nifti
 
 __all__ = ["alterations", "copy_cohort"]
 
@@ -95,8 +96,7 @@ def copy_cohort(
             volume = alter(scan["image"])
             image = nib.Nifti1Image(volume[0].numpy(), np.asarray(volume.affine))
             image.header.set_xyzt_units("mm", "sec")
-            with replacing(folder / name) as temporary:
-                nib.save(image, temporary)
+            write_nifti(volume[0].numpy(), image, folder / name)
         rows.append({"image": name, **{key: scan[key] for key in KEPT}})
     with replacing(folder / TABLE) as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False)

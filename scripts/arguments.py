@@ -39,7 +39,7 @@ def refuse_unknown_keys(argv: Sequence[str]) -> None:
     if "config_file" not in keys:
         return
     parser = ConfigParser(ConfigParser.load_config_files(keys["config_file"]))
-    own = set(RUN_KEYS) | _tracking_keys(argv)
+    own = set(RUN_KEYS) | _tracking_keys(keys.get("tracking"))
     for key in keys:
         if key in own or key.startswith("+") or key in parser or key.replace("-", "_") in parser:
             continue
@@ -74,13 +74,11 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _tracking_keys(argv: Sequence[str]) -> set[str]:
+def _tracking_keys(settings: str | dict[str, Any] | None) -> set[str]:
     """Keys that `--tracking` adds to the config: those of MONAI's settings for MLflow, or of the file that it names."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--tracking") else [word])]
-    if "--tracking" not in words[:-1]:
+    if settings is None:
         return set()
-    settings = words[words.index("--tracking") + 1]
-    known: dict[str, Any] = DEFAULT_EXP_MGMT_SETTINGS.get(settings) or ConfigParser.load_config_files(settings)
+    known: dict[str, Any] = DEFAULT_EXP_MGMT_SETTINGS.get(str(settings)) or ConfigParser.load_config_files(settings)
     return set(known.get("configs", {}))
 
 

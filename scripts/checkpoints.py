@@ -26,9 +26,7 @@ __all__ = ["RunCheckpoint"]
 
 KEPT = 2
 PATTERN = re.compile(r"epoch_(\d+)\.pt")
-
-
-PARTS: dict[str, Any] = {
+PARTS: dict[str, Any] = {  # of a whole checkpoint, and their types
     "epoch": int,
     "epoch_length": int,
     "objects": dict,

@@ -84,8 +84,9 @@ def report_input_errors() -> None:
             interrupted = next((cause for cause in _chain(error) if isinstance(cause, Interrupted)), usual)
             tqdm.write(f"interrupted: {_printable(str(interrupted))}", file=sys.stderr)
             raise SystemExit(interrupted.exit_code)
-        messages = [read(cause) for read in (_message, _fault) for cause in _chain(error)]
-        for message in filter(None, messages):
+        found = (read(cause) for read in (_message, _fault) for cause in _chain(error))
+        message = next((message for message in found if message is not None), None)
+        if message is not None:
             tqdm.write(f"error: {_printable(message)}", file=sys.stderr)  # on a line of its own, also under a bar
             raise SystemExit(EXIT_CODE)
         previous(kind, error, traceback)

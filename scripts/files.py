@@ -33,7 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: the folder cannot be written to, or its disk is full.
     """
     path = Path(path)
-    temporary = _made(path.with_name(f".{_machine()}-{os.getpid()}.{path.name}"))
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -51,7 +51,7 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         InputError: the folder cannot be written to, or its disk is full.
     """
-    _made(Path(folder) / f".{_machine()}-{os.getpid()}.writable").unlink()
+    _temporary(Path(folder) / "writable").unlink()
 
 
 def folder_named(output_dir: str | Path) -> Path:
@@ -96,13 +96,13 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
         return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
 
 
-def _made(temporary: Path) -> Path:
-    """The path of a new empty file."""
+def _temporary(path: Path) -> Path:
+    """A new empty file beside `path`, under the name that this process writes it by."""
+    folder, temporary = path.parent, path.with_name(f".{_machine()}-{os.getpid()}.{path.name}")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:
-        folder = temporary.parent
         if is_disk_full(error):
             raise _no_space(folder) from error
         raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another folder.") from error

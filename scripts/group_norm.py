@@ -76,8 +76,19 @@ class GroupNormSiLU(nn.GroupNorm):
     def _by_statistics(self, input: Tensor, statistics: Tensor) -> Tensor:
         centre, deviation = (part.float()[..., None, None, None] for part in statistics.unbind(1))
         weight, bias = (parameter[:, None, None, None] for parameter in (self.weight, self.bias))
-        output = ((input.float() - centre) / deviation * weight + bias).to(input.dtype)
+        x = input.float()
+        if torch.is_grad_enabled():  # add nothing, but the gradients that the input's own statistics would have
+            mean, variance = self._group_means(x), self._group_means((x - centre).square())
+            centre = centre + (mean - mean.detach())
+            deviation = deviation + (variance - variance.detach()) / (2 * deviation)
+        output = ((x - centre) / deviation * weight + bias).to(input.dtype)
         return F.silu(output) if self.silu else output
+
+    @torch.jit.unused
+    def _group_means(self, values: Tensor) -> Tensor:
+        """Mean over each channel's group, (B, C, 1, 1, 1)."""
+        means = values.reshape(len(values), self.num_groups, -1).mean(2)
+        return means.repeat_interleave(self.num_channels // self.num_groups, dim=1)[..., None, None, None]
 
 
 @contextmanager
@@ -104,7 +115,10 @@ def noted_statistics(network: nn.Module) -> Iterator[dict[GroupNormSiLU, Tensor]
 
 @contextmanager
 def held_statistics(network: nn.Module, statistics: Mapping[GroupNormSiLU, Tensor]) -> Iterator[None]:
-    """Let a network normalise by statistics that were noted before, as constants, in forward and backward passes.
+    """Let a network normalise by statistics that were noted before.
+
+    The gradient is that of a normalisation by the input's own statistics: an optimizer that took the noted ones for
+    constants would learn to shift and to stretch what the next volume's statistics undo, and diverges.
 
     Args:
         network: the same as in `noted_statistics`, seeing crops of the same volumes in the same order.
@@ -248,7 +262,7 @@ class _Chunked(torch.autograd.Function):
             scale, shift = _affine(centre, deviation, weight, bias)
             scale_rows(rows, scale, shift, silu, out)
         ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.groups, ctx.silu, ctx.held = groups, silu, held is not None
+        ctx.groups, ctx.silu = groups, silu
         return output
 
     @staticmethod
@@ -279,8 +293,6 @@ class _Chunked(torch.autograd.Function):
             bias_gradient += sums[0]
             weight_gradient += sums[1]
             n_values = rows.numel() // ctx.groups
-            if ctx.held:  # constants pass no gradient on
-                sums = torch.zeros_like(sums)
             of_group = (sums * weight).view(2, ctx.groups, -1).sum(2, keepdim=True) / n_values
             along_mean, along_value = of_group.expand(2, ctx.groups, len(weight) // ctx.groups).flatten(1)
             factors = [(factor * scale).float() for factor in (weight, -along_mean, -along_value)]

@@ -14,7 +14,7 @@ import torch
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 
-from scripts.errors import as_flag
+from scripts.errors import InputError, as_flag
 from scripts.group_norm import held_statistics, noted_statistics
 
 __all__ = [
@@ -87,9 +87,16 @@ class CropSteps:
         size: of a crop in voxels, (x, y, z), multiples of 4.
         steps: crops, each a step of the optimizer, that follow one pass of the whole volumes.
         margin: voxels at a cut face that do not count.
+
+    Raises:
+        InputError: `steps` is no positive whole number, or `margin` leaves nothing of a crop.
     """
 
-    def __init__(self, size: Sequence[int], steps: int = 6, margin: int = 4) -> None:
+    def __init__(self, size: Sequence[int], steps: int = 8, margin: int = 4) -> None:
+        if not isinstance(steps, int) or steps < 1:
+            raise InputError(f"'crops_per_scan' is {steps!r}; give a positive whole number.")
+        if not isinstance(margin, int) or not 0 <= 2 * margin < min(size):
+            raise InputError(f"'crop_margin' is {margin!r}; give a whole number below half of {min(size)} voxels.")
         self.size = tuple(size)
         self.steps = steps
         self.margin = margin

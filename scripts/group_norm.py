@@ -56,7 +56,7 @@ class GroupNormSiLU(nn.GroupNorm):
         """(B, C, D, H, W), any floating type and memory format, to the same."""
         if not torch.jit.is_scripting():
             if self._notes:
-                self._statistics = _statistics(input, self.num_groups, self.eps)
+                self._statistics = _statistics(input.detach(), self.num_groups, self.eps)
             if is_plain_channels_last(input):
                 return self._in_chunks(input)
             if self._statistics is not None:
@@ -147,7 +147,7 @@ def _statistics(x: Tensor, groups: int, eps: float) -> Tensor:
     if is_plain_channels_last(x):
         per_volume = [_group_statistics(*channel_moments(rows), groups, eps) for rows in rows_of(x)]
         return torch.stack([torch.stack(pair) for pair in per_volume])
-    grouped = x.detach().double().reshape(len(x), groups, -1)
+    grouped = x.double().reshape(len(x), groups, -1)
     variance, mean = torch.var_mean(grouped, dim=2, correction=0)
     return torch.stack([mean, (variance + eps).sqrt()], 1).repeat_interleave(x.shape[1] // groups, dim=2)
 

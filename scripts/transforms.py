@@ -175,7 +175,7 @@ class RestoreLevel:
 
     def __call__(self, volume: torch.Tensor) -> torch.Tensor:
         """Scale `volume`, any shape."""
-        level = _percentile(volume, self.percentile)
+        level = _percentile(volume, self.percentile) if torch.isfinite(volume).all() else math.nan
         return volume / level if LEVEL_RANGE[0] <= level <= LEVEL_RANGE[1] else volume
 
 

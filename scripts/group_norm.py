@@ -6,16 +6,12 @@ Here a volume goes through in chunks that stay in the cache. Moments are merged 
 on the size of the volume; only the input is kept for the backward pass. Everything else (GPU, contiguous memory,
 exports) takes PyTorch's kernels.
 
-A crop has other statistics than the volume it comes from. `noted_statistics` and `held_statistics` carry those of a
-whole volume over to its crops, for training on crops.
-
 Source: Wu and He, https://arxiv.org/abs/1803.08494.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +21,8 @@ from torch import Tensor, nn
 __all__ = [
     "GroupNormSiLU",
     "channel_moments",
-    "held_statistics",
     "is_plain_channels_last",
     "merged_moments",
-    "noted_statistics",
     "rows_of",
     "scale_and_shift",
     "scale_rows",
@@ -49,18 +43,12 @@ class GroupNormSiLU(nn.GroupNorm):
         super().__init__(norm.num_groups, norm.num_channels, norm.eps)
         self.weight, self.bias = norm.weight, norm.bias
         self.silu = silu
-        self._notes = False
-        self._statistics: Tensor | None = None  # noted, or held: (B, 2, C) float64
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, D, H, W), any floating type and memory format, to the same."""
-        if not torch.jit.is_scripting():
-            if self._notes:
-                self._statistics = _statistics(input.detach(), self.num_groups, self.eps)
+        if not torch.jit.is_scripting():  # noqa: SIM102  scripting compiles no condition that calls Python
             if is_plain_channels_last(input):
                 return self._in_chunks(input)
-            if self._statistics is not None:
-                return self._by_statistics(input, self._statistics)
         if input.device.type == "cpu":  # an export of a channels-last network: exact in contiguous memory only
             input = input.contiguous()
         normalised = F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
@@ -68,88 +56,8 @@ class GroupNormSiLU(nn.GroupNorm):
 
     @torch.jit.unused
     def _in_chunks(self, input: Tensor) -> Tensor:
-        parameters = self.weight, self.bias, self.num_groups, self.eps, self.silu
-        output: Tensor = _Chunked.apply(input, *parameters, self._statistics)
+        output: Tensor = _Chunked.apply(input, self.weight, self.bias, self.num_groups, self.eps, self.silu)
         return output
-
-    @torch.jit.unused
-    def _by_statistics(self, input: Tensor, statistics: Tensor) -> Tensor:
-        centre, deviation = (part.float()[..., None, None, None] for part in statistics.unbind(1))
-        weight, bias = (parameter[:, None, None, None] for parameter in (self.weight, self.bias))
-        x = input.float()
-        if torch.is_grad_enabled():  # add nothing, but the gradients that the input's own statistics would have
-            mean, variance = self._group_means(x), self._group_means((x - centre).square())
-            centre = centre + (mean - mean.detach())
-            deviation = deviation + (variance - variance.detach()) / (2 * deviation)
-        output = ((x - centre) / deviation * weight + bias).to(input.dtype)
-        return F.silu(output) if self.silu else output
-
-    @torch.jit.unused
-    def _group_means(self, values: Tensor) -> Tensor:
-        """Mean over each channel's group, (B, C, 1, 1, 1)."""
-        means = values.reshape(len(values), self.num_groups, -1).mean(2)
-        return means.repeat_interleave(self.num_channels // self.num_groups, dim=1)[..., None, None, None]
-
-
-@contextmanager
-def noted_statistics(network: nn.Module) -> Iterator[dict[GroupNormSiLU, Tensor]]:
-    """Note the statistics of every normalisation while a network sees whole volumes.
-
-    Args:
-        network: its forward passes inside the context are noted; the last one counts.
-
-    Returns:
-        Filled when the context ends: normalisations to their statistics, mean and sqrt(variance + eps) of each
-        channel's group, (B, 2, C) float64.
-    """
-    norms = _normalisations(network)
-    statistics: dict[GroupNormSiLU, Tensor] = {}
-    try:
-        for norm in norms:
-            norm._notes = True
-        yield statistics
-        statistics.update({norm: norm._statistics for norm in norms if norm._statistics is not None})
-    finally:
-        _release(norms)
-
-
-@contextmanager
-def held_statistics(network: nn.Module, statistics: Mapping[GroupNormSiLU, Tensor]) -> Iterator[None]:
-    """Let a network normalise by statistics that were noted before.
-
-    The gradient is that of a normalisation by the input's own statistics: an optimizer that took the noted ones for
-    constants would learn to shift and to stretch what the next volume's statistics undo, and diverges.
-
-    Args:
-        network: the same as in `noted_statistics`, seeing crops of the same volumes in the same order.
-        statistics: what `noted_statistics` gave.
-    """
-    norms = _normalisations(network)
-    try:
-        for norm in norms:
-            norm._statistics = statistics[norm]
-        yield
-    finally:
-        _release(norms)
-
-
-def _normalisations(network: nn.Module) -> list[GroupNormSiLU]:
-    return [module for module in network.modules() if isinstance(module, GroupNormSiLU)]
-
-
-def _release(norms: Sequence[GroupNormSiLU]) -> None:
-    for norm in norms:
-        norm._notes, norm._statistics = False, None
-
-
-def _statistics(x: Tensor, groups: int, eps: float) -> Tensor:
-    """Mean and sqrt(variance + eps) of each channel's group in each volume, (B, 2, C) float64."""
-    if is_plain_channels_last(x):
-        per_volume = [_group_statistics(*channel_moments(rows), groups, eps) for rows in rows_of(x)]
-        return torch.stack([torch.stack(pair) for pair in per_volume])
-    grouped = x.double().reshape(len(x), groups, -1)
-    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
-    return torch.stack([mean, (variance + eps).sqrt()], 1).repeat_interleave(x.shape[1] // groups, dim=2)
 
 
 def is_plain_channels_last(x: Tensor) -> bool:
@@ -212,7 +120,9 @@ def scale_and_shift(
     Returns:
         scale and shift, (C,) float32: the output is scale x + shift.
     """
-    return _affine(*_group_statistics(mean, variance, groups, eps), weight, bias)
+    centre, deviation = _group_statistics(mean, variance, groups, eps)
+    scale = weight.double() / deviation
+    return scale.float(), (bias.double() - centre * scale).float()
 
 
 def scale_rows(x: Tensor, scale: Tensor, shift: Tensor, silu: bool, out: Tensor) -> None:
@@ -243,25 +153,19 @@ def _group_statistics(mean: Tensor, variance: Tensor, groups: int, eps: float) -
     return centre.expand_as(means).flatten(), (spread + eps).sqrt().expand_as(means).flatten()
 
 
-def _affine(centre: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each channel, (C,) float32, from the statistics of its group."""
-    scale = weight.double() / deviation
-    return scale.float(), (bias.double() - centre * scale).float()
-
-
 class _Chunked(torch.autograd.Function):
     """Normalise (B, C, D, H, W) channels-last; the backward pass computes the SiLU's argument anew."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, held: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         output = torch.empty_like(x, memory_format=torch.channels_last_3d)
-        statistics = _statistics(x, groups, eps) if held is None else held
-        for rows, out, (centre, deviation) in zip(rows_of(x), rows_of(output), statistics, strict=True):
-            scale, shift = _affine(centre, deviation, weight, bias)
+        statistics = []
+        for rows, out in zip(rows_of(x), rows_of(output), strict=True):
+            moments = channel_moments(rows)
+            statistics.append(torch.stack(_group_statistics(*moments, groups, eps)))
+            scale, shift = scale_and_shift(*moments, weight, bias, groups, eps)
             scale_rows(rows, scale, shift, silu, out)
-        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.save_for_backward(x, weight, bias, torch.stack(statistics))
         ctx.groups, ctx.silu = groups, silu
         return output
 
@@ -300,7 +204,7 @@ class _Chunked(torch.autograd.Function):
                 normalised, grad = parts(chunk, grad)
                 value = torch.addcmul(factors[1], grad, factors[0])
                 target.copy_(value.addcmul_(normalised, factors[2]))
-        return result, weight_gradient.to(weight), bias_gradient.to(bias), None, None, None, None
+        return result, weight_gradient.to(weight), bias_gradient.to(bias), None, None, None
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class TrainingLog:
     that it repeats. In several processes the terms are means over them, and the first writes.
 
     Args:
-        loss: the loss, whose `parts` hold the terms of the last step of the optimizer.
+        loss: the loss, whose `parts` hold the terms of the last step.
         optimizer: the optimizer, for the learning rate of its first group.
         clip: the gradient clipping, for the norm.
         evaluator: the validation, or None.
@@ -174,27 +174,20 @@ class TrainingLog:
     ) -> None:
         self.loss, self.optimizer, self.clip, self.evaluator = loss, optimizer, clip, evaluator
         self.path, self.writer = Path(path), writer
-        self.optimizer_steps: list[dict[str, float]] = []
         self.steps: list[dict[str, float]] = []
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a trainer, after its validation and its gradient clipping."""
+        """Attach to a trainer, after its validation."""
         engine.add_event_handler(Events.EPOCH_STARTED, self._clear)
-        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._optimizer_step)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
 
     def _clear(self, engine: Engine) -> None:
         self.steps = []
 
-    def _optimizer_step(self, engine: Engine) -> None:
-        self.optimizer_steps.append({**self.loss.parts, "gradient_norm": self.clip.norm})
-
     def _step(self, engine: Engine) -> None:
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        terms = pd.DataFrame(self.optimizer_steps).mean().to_dict()
-        self.optimizer_steps = []
-        parts = mean_over_ranks({"learning_rate": learning_rate, **terms})
+        parts = mean_over_ranks({"learning_rate": learning_rate, **self.loss.parts, "gradient_norm": self.clip.norm})
         if engine.state.rank != 0:
             return
         self.steps.append(parts)

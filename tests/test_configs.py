@@ -68,6 +68,16 @@ def test_a_block_is_the_same_in_every_config(key: str) -> None:
     assert all(config(job)[key] == config("train")[key] for job in JOBS)
 
 
+@pytest.mark.parametrize("job", ["evaluate", "inference", "decode", "sample", "train"])
+def test_whatever_is_decoded_gets_its_level_back_first(job: str) -> None:
+    """By the percentile of preprocessing."""
+    block = config("train")["validate"] if job == "train" else config(job)
+    (scaling,) = (step for step in config(job)["preprocessing"]["transforms"] if "Scale" in step["_target_"])
+    wanted = {"_target_": "scripts.transforms.RestoreLeveld", "keys": "pred", "percentile": scaling["percentile"]}
+    assert block["postprocessing"]["transforms"][0] == wanted
+    assert block["evaluator"]["postprocessing"].endswith("postprocessing")
+
+
 @pytest.mark.parametrize("key", SAME_IN_EVALUATION)
 def test_training_evaluation_and_encoding_read_the_same_cohort(key: str) -> None:
     """What decides about the split is the same in all."""

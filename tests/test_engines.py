@@ -6,15 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
-from scripts.engines import AutocastInferer, CropSteps, posterior_iteration, prepare_batch
+from scripts.engines import AutocastInferer, posterior_iteration, prepare_batch
 from scripts.errors import InputError
 from scripts.losses import VAELoss
 from scripts.networks import BrainVAE
@@ -89,57 +87,6 @@ def test_training_under_autocast_keeps_fp32_gradients():
     assert trainer.state.output["loss"].dtype == torch.float32
     assert set(loss.parts) == {"loss", "l1", "kl"}
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in vae.parameters())
-
-
-def trained(iteration: CropSteps | None) -> tuple[BrainVAE, list[str]]:
-    """A tiny VAE after one batch, and the events of MONAI's trainer."""
-    vae = network().train()
-    vae.sampling = lambda mu, sigma: mu  # no random numbers
-    events: list[str] = []
-    trainer = SupervisedTrainer(
-        CPU, 1, loader(2), vae, torch.optim.SGD(vae.parameters(), 0.1), VAELoss(perceptual_weight=0),
-        prepare_batch=prepare_batch, iteration_update=iteration,
-    )  # fmt: skip
-    for event in IterationEvents:
-        trainer.add_event_handler(event, lambda engine, event=event: events.append(event.value))
-    trainer.run()
-    return vae, events
-
-
-def test_a_crop_as_large_as_the_volume_is_a_plain_step():
-    (plain, wanted), (vae, events) = trained(None), trained(CropSteps([8, 8, 8], steps=1, margin=2))
-    assert events == wanted
-    for name, value in vae.state_dict().items():
-        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-4, atol=1e-6)
-
-
-def test_every_crop_is_a_step_of_the_optimizer():
-    _, events = trained(CropSteps([4, 4, 8], steps=3, margin=1))
-    assert events.count("backward_completed") == 3
-    assert events.count("model_completed") == 1
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 1000), size=st.tuples(*[st.sampled_from([4, 8, 12, 24])] * 3))
-def test_crops_lie_on_the_latents_grid_and_drop_cut_faces_only(seed, size):
-    """Every crop is a piece of the volume that begins at a multiple of 4; its margin is left out where it was cut."""
-    sides = (16, 20, 12)
-    volume = torch.stack(torch.meshgrid(*[torch.arange(side) for side in sides], indexing="ij"))[:, None].float()
-    torch.manual_seed(seed)
-    crop, counted = CropSteps(size, margin=1)._crop(volume)
-    inner = crop[counted]
-    for axis, (asked, side) in enumerate(zip(size, sides, strict=True)):
-        first, last = (int(crop[axis, 0].select(axis, end).flatten()[0]) for end in (0, -1))
-        assert first % 4 == 0 and last - first + 1 == min(asked, side) == crop.shape[2 + axis]
-        kept = inner[axis, 0]
-        assert (kept.min(), kept.max()) == (first + (first > 0), last - (last < side - 1))
-
-
-@pytest.mark.parametrize(("arguments", "key"), [({"steps": 0}, "crops_per_scan"), ({"margin": 4}, "crop_margin"),
-                                                ({"margin": -1}, "crop_margin")])  # fmt: skip
-def test_crops_that_teach_nothing_are_refused(arguments, key):
-    with pytest.raises(InputError, match=key):
-        CropSteps([8, 8, 8], **arguments)
 
 
 def evaluate(vae: nn.Module, amp: bool) -> tuple[list[dict[str, torch.Tensor]], list[str]]:

@@ -97,16 +97,15 @@ class VAELoss(nn.Module):
         recon, mu, sigma = output
         with torch.autocast(recon.device.type, enabled=False):
             recon, target = recon.float(), target.float()
-            terms = {"kl": kl_divergence(mu, sigma)}
-            if self.restores_level:
-                factor = _level_factor(recon, target)
-                recon = recon * factor
-                terms["level"] = factor.log().square().mean()
-            terms["l1"] = F.l1_loss(recon, target)
+            factor = _level_factor(recon, target) if self.restores_level else torch.ones((), device=recon.device)
+            recon = recon * factor
+            terms = {"l1": F.l1_loss(recon, target), "kl": kl_divergence(mu, sigma)}
             if self.weights["mse"] > 0:
                 terms["mse"] = F.mse_loss(recon, target)
             if self.perceptual is not None and self.weights["lpips"] > 0:
                 terms["lpips"] = self.perceptual(recon, target)
+            if self.restores_level:
+                terms["level"] = factor.log().square().mean()
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         self.parts = {"loss": total.item(), **{name: term.item() for name, term in terms.items()}}
         return total

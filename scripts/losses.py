@@ -18,7 +18,6 @@ from scripts.errors import InputError
 __all__ = ["VAELoss", "kl_divergence"]
 
 LOGVAR_RANGE = (-30.0, 20.0)
-LEVEL_RANGE = (0.5, 2.0)  # what decoding corrects; in an untrained network the level is for the other terms to learn
 
 
 def kl_divergence(mu: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -54,10 +53,6 @@ class VAELoss(nn.Module):
         kl_weight: weight of the mean KL per latent value, in nats.
         perceptual_weight: weight of the perceptual distance.
         mse_weight: weight of the mean squared error.
-        level_weight: None lets the level of the whole reconstruction count in every term. Decoding restores it
-            (`scripts.transforms.RestoreLevel`), and its gradient, which differs from scan to scan, drowns all others.
-            With a number, every reconstruction y is first multiplied by the factor f = <y, x> / <y, y> that brings it
-            nearest to the image x, within 0.5 and 2, and `level_weight` (ln f)^2 keeps the level from drifting.
 
     Raises:
         InputError: a negative weight, or a perceptual weight without a perceptual distance.
@@ -70,12 +65,9 @@ class VAELoss(nn.Module):
         kl_weight: float = 0.107,
         perceptual_weight: float = 0.6,
         mse_weight: float = 0.0,
-        level_weight: float | None = None,
     ) -> None:
         super().__init__()
         self.weights = {"l1": recon_weight, "mse": mse_weight, "kl": kl_weight, "lpips": perceptual_weight}
-        self.restores_level = level_weight is not None
-        self.weights["level"] = level_weight or 0.0
         for name, weight in self.weights.items():
             if weight < 0:
                 raise InputError(f"the weight of {name} must not be negative, got {weight}; give 0 to leave it out.")
@@ -97,22 +89,11 @@ class VAELoss(nn.Module):
         recon, mu, sigma = output
         with torch.autocast(recon.device.type, enabled=False):
             recon, target = recon.float(), target.float()
-            factor = _level_factor(recon, target) if self.restores_level else torch.ones((), device=recon.device)
-            recon = recon * factor
             terms = {"l1": F.l1_loss(recon, target), "kl": kl_divergence(mu, sigma)}
             if self.weights["mse"] > 0:
                 terms["mse"] = F.mse_loss(recon, target)
             if self.perceptual is not None and self.weights["lpips"] > 0:
                 terms["lpips"] = self.perceptual(recon, target)
-            if self.restores_level:
-                terms["level"] = factor.log().square().mean()
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         self.parts = {"loss": total.item(), **{name: term.item() for name, term in terms.items()}}
         return total
-
-
-def _level_factor(recon: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """What brings each reconstruction nearest to its image, (B, 1, 1, 1, 1)."""
-    axes = tuple(range(1, recon.ndim))
-    product, square = ((recon * other).sum(axes, keepdim=True) for other in (target, recon))
-    return (product / square.clamp_min(torch.finfo(recon.dtype).tiny)).clamp(*LEVEL_RANGE)

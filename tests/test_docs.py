@@ -175,7 +175,7 @@ def test_the_table_of_sizes_is_the_networks() -> None:
         parser = ConfigParser()
         parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", *overlays)])
         weights = [json.loads(code(row[column])) for row in rows("network_and_loss", "| term |")]
-        assert weights == [parser[f"{term}_weight"] for term in ("recon", "mse", "kl", "perceptual", "level")]
+        assert weights == [parser[f"{term}_weight"] for term in ("recon", "mse", "kl", "perceptual")]
 
 
 def test_the_table_of_criteria_is_the_check() -> None:
@@ -298,7 +298,7 @@ def test_training_leaves_what_the_page_says(trained: Path) -> None:
     """The files of train.md, all of them, and the columns of metrics.csv, less those of terms that are switched off."""
     assert {path.name for path in trained.iterdir()} == _named_files("train")
     columns = [code(row[0]) for row in rows("train", "| column | unit | meaning |")]
-    switched_on = [column for column in columns if column not in ("mse", "lpips", "level")]
+    switched_on = [column for column in columns if column not in ("mse", "lpips")]
     assert switched_on == list(pd.read_csv(trained / "metrics.csv"))
 
 

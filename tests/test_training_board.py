@@ -31,7 +31,7 @@ from scripts.training_board import LAYOUT, LatentLog, RunBoard, latent_scalars
 CPU = torch.device("cpu")
 CHANNELS = range(4)
 EPOCHS = 2
-TERMS = ["loss", "l1", "kl", "mse", "level"]  # of recipe.json, which switches LPIPS off
+TERMS = ["loss", "l1", "kl", "mse"]  # of recipe.json, which switches LPIPS off
 LATENT = ["kl", "active_units", "mu_mean", "mu_sd", "z_sd", "sigma"]
 VALIDATION = ["val_psnr_brain", "val_psnr", "val_l1", "val_kl", "val_active_units", "val_z_sd"]
 PER_CHANNEL = [f"{name}_{channel}" for name in ("mu_mean", "z_sd", "sigma") for channel in CHANNELS]

@@ -175,7 +175,7 @@ class RestoreLevel:
 
     def __call__(self, volume: torch.Tensor) -> torch.Tensor:
         """Scale `volume`, any shape."""
-        level = _percentile(volume, self.percentile) if torch.isfinite(volume).all() else math.nan
+        level = _percentile(volume.float(), self.percentile) if torch.isfinite(volume).all() else math.nan
         return volume / level if LEVEL_RANGE[0] <= level <= LEVEL_RANGE[1] else volume
 
 
@@ -280,7 +280,7 @@ def percentile_of(volume: torch.Tensor, percentile: float) -> float:
 
 def _percentile(volume: torch.Tensor, percentile: float) -> float:
     """`torch.quantile` stops at 16 million values; numpy's partition does not."""
-    values = convert_to_tensor(volume, track_meta=False).detach().float().cpu().numpy()
+    values = convert_to_tensor(volume, track_meta=False).detach().cpu().numpy()
     rank = np.asarray(percentile, dtype=np.float64)  # as a plain number numpy would round the rank to float32
     return float(np.percentile(values, rank))
 

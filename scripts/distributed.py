@@ -39,6 +39,10 @@ __all__ = [
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=7)  # for a rank whose scans are many or slow; torchrun itself ends all when one dies
 
+# Freed by DDP, a gloo group waits for its threads without letting go of the interpreter's lock, which they may need to
+# free a tensor (https://github.com/pytorch/pytorch/issues/56297); freed from here it lets go.
+_left_groups: list[torch.distributed.ProcessGroup | None] = []
+
 
 def local_device() -> torch.device:
     """This process's GPU, by torchrun's LOCAL_RANK; the CPU where there is no GPU."""
@@ -62,8 +66,10 @@ def start_processes(device: torch.device | str) -> None:
 
 
 def stop_processes() -> None:
-    """Leave the process group."""
+    """Leave the process group, when every process has come here."""
     if idist.get_world_size() > 1:
+        wait_for_all()
+        _left_groups.append(torch.distributed.group.WORLD)
         idist.finalize()
 
 

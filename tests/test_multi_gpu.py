@@ -18,6 +18,7 @@ from copy import deepcopy
 from io import StringIO
 from itertools import chain
 from pathlib import Path
+from time import sleep
 
 import pandas as pd
 import pytest
@@ -240,7 +241,18 @@ def check_in_each_process(cohort: str, output: str) -> None:
     with pytest.raises(SystemExit), redirect_stderr(StringIO()) as shown:
         sys.excepthook(InputError, InputError("mend it"), None)
     assert shown.getvalue() == "error: mend it\n"
+    _check_end()
+
+
+def _check_end() -> None:
+    """A collective that is still under way, with a tensor that only its thread holds, does not keep a process."""
+    network = data_parallel(torch.nn.Linear(1, 1), "cpu")
+    network(torch.ones(1, 1)).backward()
+    if idist.get_rank() > 0:
+        sleep(1)
+    torch.distributed.all_reduce(torch.ones(1), async_op=True)
     stop_processes()
+    del network
 
 
 def _check_gradients(parser: ConfigParser) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_NETWORK, write_scan
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.transforms import Compose
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -155,8 +156,9 @@ def test_a_used_folder_is_not_overwritten(run_bundle: Run, bids: Path, trained: 
         ((), ["--amp", "True", "--clip_norm", "1", "--num_workers", "2", "--slice_fraction", "0.2"]),
         ((), ["--scale", "0.5", "--perceptual_weight", "0", "--channels_last", "False", "--augment", "False"]),
         ((), ["--roi_size", "[32, 32, 32]"]),
+        ((), ["--crop_foreground", "True"]),
     ],
-    ids=["recipe", "maisi", "low_memory", "finetune-balanced", "bf16", "coarse", "crops"],
+    ids=["recipe", "maisi", "low_memory", "finetune-balanced", "bf16", "coarse", "crops", "boxes"],
 )
 def test_overlays_and_switches_train(
     overlays: tuple[str, ...], more: list[str], run_bundle: Run, bids: Path, trained: Path, tmp_path: Path
@@ -175,6 +177,20 @@ def test_overlays_and_switches_train(
         train(run_bundle, bids, tmp_path, 1, *more, overlays=overlays)
     assert np.isfinite(pd.read_csv(tmp_path / "metrics.csv").to_numpy()).all()
     assert (tmp_path / "model.pt").is_file()
+
+
+def test_boxes_hold_the_foreground_and_fit_the_network() -> None:
+    """`crop_foreground`: sides in multiples of 4 around all that is not background; a batch has those of the largest."""
+    parser = ConfigParser(config("train"))
+    parser["crop_foreground"] = True
+    crop = Compose(parser.get_parsed_content("train#crop"))
+    volumes = torch.zeros(2, 1, 48, 52, 48)
+    volumes[0, :, 10:31, 8:33, 20:30] = volumes[1, :, 1:9, 8:33, 20:30] = 1
+    boxes = [crop({"image": volume}) for volume in volumes]
+    assert [tuple(box["image"].shape) for box in boxes] == [(1, 28, 32, 16), (1, 12, 32, 16)]
+    batch = parser.get_parsed_content("train#dataloader#collate_fn")(boxes)
+    assert batch.keys() == {"image"} and batch["image"].shape == (2, 1, 28, 32, 16)
+    assert batch["image"].sum() == volumes.sum()
 
 
 def test_the_older_way_to_start_works(run_bundle: Run, bids: Path, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_overlays_and_switches_train(
 
 
 def test_boxes_hold_the_foreground_and_fit_the_network() -> None:
-    """`crop_foreground`: sides in multiples of 4 around all that is not background; a batch has those of the largest."""
+    """`crop_foreground`: sides in multiples of 4 around all but background; a batch has those of its largest."""
     parser = ConfigParser(config("train"))
     parser["crop_foreground"] = True
     crop = Compose(parser.get_parsed_content("train#crop"))

@@ -157,8 +157,9 @@ def test_a_used_folder_is_not_overwritten(run_bundle: Run, bids: Path, trained: 
         ((), ["--scale", "0.5", "--perceptual_weight", "0", "--channels_last", "False", "--augment", "False"]),
         ((), ["--roi_size", "[32, 32, 32]"]),
         ((), ["--crop_foreground", "True"]),
+        ((), ["--half_volumes", "True", "--perceptual_weight", "0"]),
     ],
-    ids=["recipe", "maisi", "low_memory", "finetune-balanced", "bf16", "coarse", "crops", "boxes"],
+    ids=["recipe", "maisi", "low_memory", "finetune-balanced", "bf16", "coarse", "crops", "boxes", "halves"],
 )
 def test_overlays_and_switches_train(
     overlays: tuple[str, ...], more: list[str], run_bundle: Run, bids: Path, trained: Path, tmp_path: Path

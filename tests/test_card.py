@@ -36,6 +36,14 @@ def test_the_card_shows_the_evaluation(path: Path) -> None:
     assert table in CARD.read_text()
 
 
+@pytest.mark.parametrize(("cohort", "picture"), [("ds002748", "worst_brain"), ("ds000011", "worst_head")])
+def test_the_card_shows_the_worst_scan(cohort: str, picture: str) -> None:
+    """By PSNR in the brain, as the evaluation found it."""
+    worst = json.loads((MEASURED / f"{cohort}.json").read_text())["systems"]["model"]["psnr_brain"]["worst_name"]
+    caption = f"{worst.removesuffix('_T1w')} of {cohort}, its reconstruction and the difference"
+    assert f"![{caption}](images/{picture}.png)" in CARD.read_text()
+
+
 @pytest.mark.parametrize("path", [*EVALUATIONS, MEASURED / "latent_stats.json"], ids=lambda path: path.stem)
 def test_the_measurement_is_of_the_shipped_weights(path: Path) -> None:
     """By sha256."""

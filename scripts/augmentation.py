@@ -1,9 +1,8 @@
 """Augmentations that MONAI has not, for scans of other scanners, protocols and resolutions.
 
 The training config mixes them with MONAI's own random transforms: `RandContrastCurved` bends tissue contrast,
-`RandThickSlicesd` imitates 2D acquisitions, `KeepZeroBackgroundd` holds a stripped background at zero while noise
-and artefacts are added to the brain, and `RandHalfd` takes half of a volume, for half of a step's time. All draw from
-MONAI's `self.R`: `Compose.set_random_state` repeats them exactly.
+`RandThickSlicesd` imitates 2D acquisitions, and `KeepZeroBackgroundd` holds a stripped background at zero while noise
+and artefacts are added to the brain. All draw from MONAI's `self.R`: `Compose.set_random_state` repeats them exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from scripts.errors import InputError
 __all__ = [
     "KeepZeroBackgroundd",
     "RandContrastCurved",
-    "RandHalfd",
     "RandThickSlicesd",
     "apply_contrast_curve",
     "thicken_slices",
@@ -52,7 +50,9 @@ class KeepZeroBackgroundd(Compose):
     def __call__(
         self, input_: Any, start: int = 0, end: int | None = None, threading: bool = False, lazy: bool | None = None
     ) -> Any:
-        """Transform the dictionary `input_`."""
+        """Transform the dictionary `input_`, or each of a list of crops."""
+        if isinstance(input_, list):
+            return [self(item, start=start, end=end, threading=threading, lazy=lazy) for item in input_]
         zero = {key: input_[key] == 0 for key in self.keys}
         output = dict(super().__call__(input_, start=start, end=end, threading=threading, lazy=lazy))
         for key, mask in zero.items():
@@ -116,39 +116,6 @@ class RandContrastCurved(RandomizableTransform, MapTransform):
             steps[inner] = share * (-steps[inner - 1] if self.R.rand() < 1 / 3 else steps[inner])
         knots = np.concatenate([[0.0], np.cumsum(steps) / steps.sum()])
         return {**data, **{key: apply_contrast_curve(data[key], knots) for key in self.key_iterator(data)}}
-
-
-class RandHalfd(RandomizableTransform, MapTransform):
-    """Keep the left or the right half of a volume, at random, and some voxels more, over which it fades to zero.
-
-    Both halves have nearly the statistics of the whole, which GroupNorm divides by; a cut through tissue would be an
-    edge that no scan has, and the network's errors there would outweigh all others.
-
-    Args:
-        keys: volumes (channels, x, y, z) with x from left to right; those of up to twice `fade` voxels stay whole.
-        fade: voxels beyond the middle, a multiple of 4; the last is zero.
-    """
-
-    def __init__(self, keys: KeysCollection, fade: int = 8) -> None:
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, 0.5)
-        self.fade = fade
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        """Take the same side of all keys."""
-        self.randomize(None)
-        return {**data, **{key: self._half(data[key]) for key in self.key_iterator(data)}}
-
-    def _half(self, volume: torch.Tensor) -> torch.Tensor:
-        width = volume.shape[1]
-        kept = width // 8 * 4 + self.fade
-        if kept >= width:
-            return volume
-        weights = torch.ones(kept, dtype=volume.dtype, device=volume.device)
-        weights[-self.fade :] = torch.linspace(1, 0, self.fade)
-        if self._do_transform:  # right
-            return volume[:, width - kept :] * weights.flip(0).view(-1, 1, 1)
-        return volume[:, :kept] * weights.view(-1, 1, 1)
 
 
 def thicken_slices(volume: torch.Tensor, axis: int, voxels: float) -> torch.Tensor:

@@ -40,7 +40,8 @@ class RunCheckpoint:
     """Save, resume and export one training run.
 
     `<folder>/epoch_NNNN.pt` holds everything, the last two are kept, so that a kill during a save loses nothing.
-    `<model_dir>/model.pt` is the bare state dict of the best validation, `model_final.pt` that of the last epoch.
+    `<model_dir>/model.pt` is the bare state dict of the best validation, the start's (epoch 0) included, and
+    `model_final.pt` that of the last epoch.
 
     Args:
         folder: folder of the run's checkpoints.
@@ -69,6 +70,7 @@ class RunCheckpoint:
         self.trainer, self.evaluator, self.early_stop = trainer, evaluator, early_stop
         if early_stop is not None:
             early_stop.set_trainer(trainer)
+        trainer.add_event_handler(Events.STARTED, self._keep_start)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
         trainer.add_event_handler(Events.COMPLETED, self._save_final)
         trainer.add_event_handler(Events.EXCEPTION_RAISED, self._explain)
@@ -173,6 +175,11 @@ class RunCheckpoint:
             counter, best_score = content["early_stop"]
             self.early_stop._handler.counter, self.early_stop._handler.best_score = counter, best_score
 
+    def _keep_start(self, engine: Engine) -> None:
+        """The weights of a start that has been validated are the best until an epoch is better."""
+        if engine.state.rank == 0 and engine.state.iteration == 0 and self._engines()[1].state.best_metric_epoch == 0:
+            self._export("model.pt")
+
     def _save(self, engine: Engine) -> None:
         _, evaluator = self._engines()
         if engine.state.rank != 0:
@@ -204,8 +211,11 @@ class RunCheckpoint:
         if engine.state.rank != 0:
             return
         self._export("model_final.pt")
-        if self._engines()[1].state.best_metric_epoch == -1:  # no validation has run
+        best = self._engines()[1].state.best_metric_epoch
+        if best == -1:  # no validation has run
             self._export("model.pt")
+        if best == 0:
+            print(f"no epoch was better than the start: {self.model_dir / 'model.pt'} holds the weights it began with")
 
     def _explain(self, engine: Engine, error: BaseException) -> None:
         """Pass an error on; an interruption with what is kept of the run."""

@@ -25,7 +25,7 @@ from scripts.baselines import BASELINES
 from scripts.engines import AutocastInferer
 from scripts.errors import InputError
 from scripts.networks import load_weights
-from scripts.transforms import FACTOR_KEY, RestoreLevel
+from scripts.transforms import FACTOR_KEY
 
 __all__ = ["Peer", "PeerFolder", "PeerWeights", "paired_differences", "read_peers"]
 
@@ -75,11 +75,11 @@ class PeerWeights(Peer):
         self.inferer = inferer
 
     def __call__(self, name: str, image: MetaTensor) -> torch.Tensor:
-        """Decode the posterior mean and restore its level; see `Peer`."""
+        """Decode the posterior mean; see `Peer`."""
         x = image.as_tensor()[None]
         with torch.no_grad(), self.inferer.autocast():
             mu, _ = self.network.encode(x)
-            return RestoreLevel()(self.network.decode(mu)[0].float())
+            return self.network.decode(mu)[0].float()
 
 
 class PeerFolder(Peer):

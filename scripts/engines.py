@@ -16,7 +16,14 @@ from monai.inferers import SimpleInferer
 
 from scripts.errors import as_flag
 
-__all__ = ["AutocastInferer", "decode_iteration", "encode_iteration", "posterior_iteration", "prepare_batch"]
+__all__ = [
+    "AutocastInferer",
+    "computes_bf16_fast",
+    "decode_iteration",
+    "encode_iteration",
+    "posterior_iteration",
+    "prepare_batch",
+]
 
 
 def prepare_batch(
@@ -34,6 +41,14 @@ def prepare_batch(
     """
     image = batchdata["image"].to(device=device, non_blocking=non_blocking)
     return image, image
+
+
+def computes_bf16_fast(device: torch.device | str) -> bool:
+    """Whether the device has instructions for bf16: a GPU, or a CPU with AMX or AVX-512 BF16."""
+    if torch.device(device).type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 class AutocastInferer(SimpleInferer):

@@ -10,6 +10,7 @@ has been loaded again and compared with the network it was made of. Batch and si
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -29,14 +30,14 @@ from monai.networks.utils import convert_to_onnx, convert_to_torchscript
 from monai.utils import optional_import
 from torch import nn
 
+from scripts.blocks import FoldedUpsample
 from scripts.errors import InputError, report_input_errors
 from scripts.exported import OnnxNetwork, load_torchscript
 from scripts.files import file_sha256, replacing
 from scripts.networks import BrainVAE, load_weights
-from scripts.onnx_layers import for_onnxruntime
 from scripts.provenance import METADATA
 
-__all__ = ["DecoderPart", "EncoderPart", "WholePart", "onnx", "torchscript"]
+__all__ = ["DecoderPart", "EncoderPart", "StagedGroupNorm", "WholePart", "onnx", "torchscript"]
 
 STEMS = {"whole": "model", "encoder": "encoder", "decoder": "decoder"}
 INPUT = {"whole": "image", "encoder": "image", "decoder": "latent"}
@@ -47,61 +48,73 @@ EXAMPLE_SIDE, EXAMPLE_LATENT_SIDE = 32, 8  # what tracing sees; nothing in the g
 Tensors = dict[str, torch.Tensor]
 
 
-class EncoderPart(nn.Module):
-    """Image (B, 1, D, H, W) to mu and logvar, each (B, C, D/4, H/4, W/4).
+class _Part(nn.Module):
+    """A copy of the network without the submodules that the part leaves out, so that its file is no larger."""
 
-    It holds the parts of the network and not the network itself, because `torch.jit.trace` also scripts every
-    `torch.jit.export` method it meets, and attention cannot be scripted.
-    """
+    left_out: str = ""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self.encoder = network.encoder
-        self.quant_conv_mu = network.quant_conv_mu
-        self.quant_conv_log_sigma = network.quant_conv_log_sigma
+        self.network = copy.deepcopy(network)
+        if self.left_out:
+            setattr(self.network, self.left_out, nn.Identity())
+
+
+class EncoderPart(_Part):
+    """Image (B, 1, D, H, W) to mu and logvar, each (B, C, D/4, H/4, W/4)."""
+
+    left_out = "decoder"
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        h = self.encoder(image)
-        return self.quant_conv_mu(h), torch.clamp(self.quant_conv_log_sigma(h), -30.0, 20.0)
+        mu, sigma = self.network.encode(image)
+        return mu, 2 * sigma.log()
 
 
-class DecoderPart(nn.Module):
+class DecoderPart(_Part):
     """Latent (B, C, D/4, H/4, W/4), not scaled, to image (B, 1, D, H, W)."""
 
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.post_quant_conv = network.post_quant_conv
-        self.decoder = network.decoder
+    left_out = "encoder"
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(latent))
+        return self.network.decode(latent)
 
 
-class WholePart(nn.Module):
+class WholePart(_Part):
     """Image to reconstruction from the posterior mean, (B, 1, D, H, W) both."""
 
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.encode_part = EncoderPart(network)
-        self.decode_part = DecoderPart(network)
-
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        mu, _ = self.encode_part(image)
-        return self.decode_part(mu)
+        return self.network.decode(self.network.encode(image)[0])
 
 
-PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "whole": WholePart,
-    "encoder": EncoderPart,
-    "decoder": DecoderPart,
-}
+class StagedGroupNorm(nn.Module):
+    """`torch.nn.GroupNorm` whose means are taken axis by axis, so that no sum is longer than a few hundred values.
+
+    Args:
+        norm: the layer whose groups and parameters are taken.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.eps = norm.num_groups, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, D, H, W) to the same shape."""
+        grouped = x.unflatten(1, (self.num_groups, -1))
+        centred = grouped - self._mean(grouped)
+        scaled = centred * torch.rsqrt(self._mean(centred * centred) + self.eps)
+        return scaled.flatten(1, 2) * self.weight.reshape(1, -1, 1, 1, 1) + self.bias.reshape(1, -1, 1, 1, 1)
+
+    @staticmethod
+    def _mean(grouped: torch.Tensor) -> torch.Tensor:
+        return grouped.mean(5, True).mean(4, True).mean((2, 3), True)
+
+
+PARTS: dict[str, type[_Part]] = {"whole": WholePart, "encoder": EncoderPart, "decoder": DecoderPart}
 
 
 class _Export:
-    """What both formats share: the network, the volume it is checked on, what is written into the files.
-
-    Args: see `torchscript`.
-    """
+    """What both formats share: the network, the volume to check it on, what goes into the files; see `torchscript`."""
 
     def __init__(self, weights: str, config_file: str | Sequence[str], scan: str, part: str) -> None:
         if part != "all" and part not in STEMS:
@@ -129,8 +142,7 @@ class _Export:
     def _reference(self, parser: ConfigParser, scan: str) -> Tensors:
         """A volume, and what the plain network makes of it: image, latent, mu, logvar, pred."""
         if scan:
-            image = parser.get_parsed_content("preprocessing")({"image": scan})["image"]
-            image = image.as_subclass(torch.Tensor)[None]
+            image = parser.get_parsed_content("preprocessing")({"image": scan})["image"].as_tensor()[None]
         else:
             shape = (1, parser["network_def#in_channels"], *parser["spatial_size"])
             image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -143,8 +155,7 @@ class _Export:
     def example(self, part: str, batch: int) -> torch.Tensor:
         """A small input."""
         side = EXAMPLE_LATENT_SIDE if part == "decoder" else EXAMPLE_SIDE
-        tensor = self.tensors[INPUT[part]][..., :side, :side, :side]
-        return tensor.repeat(batch, 1, 1, 1, 1)
+        return self.tensors[INPUT[part]][..., :side, :side, :side].repeat(batch, 1, 1, 1, 1)
 
     def difference(self, part: str, exported: Callable[[torch.Tensor], Any]) -> float:
         """Largest absolute difference between a loaded file and the network."""
@@ -167,8 +178,10 @@ class _Export:
             if not difference <= TOLERANCE:
                 raise RuntimeError(f"{path} differs from the network by {difference:.3g}, more than {TOLERANCE:g}")
             os.replace(file, temporary)
-        size = path.stat().st_size / 1e6
-        print(f"{path}: {size:.1f} MB, largest difference from the network {difference:.2g}", flush=True)
+        print(
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB, largest difference from the network {difference:.2g}",
+            flush=True,
+        )
 
 
 def torchscript(
@@ -220,13 +233,17 @@ def _write_parts(export: _Export, output_dir: str, ending: str, save: Callable, 
 
 def _save_torchscript(export: _Export, part: str, file: Path) -> None:
     # Scripted, the whole keeps the methods encode and decode.
-    module = PARTS[part](export.network) if export.traced or part != "whole" else export.network
+    network: Any = export.network
+    if export.traced:
+        # `torch.jit.trace` also scripts every `torch.jit.export` method it meets, and attention cannot be scripted.
+        network = copy.copy(network)
+        network.encode, network.decode = partial(network.encode), partial(network.decode)
+    module = PARTS[part](network) if export.traced or part != "whole" else network
     inputs = (export.example(part, 1),) if export.traced else None
     script = convert_to_torchscript(module, inputs=inputs, use_trace=export.traced)
     # For the Deploy App SDK, which reads this one name and no overlay; a part is of no use to it.
-    extra = {}
-    if part == "whole":
-        extra["inference.json"] = json.dumps(ConfigParser.load_config_files(export.files)).encode()
+    config = json.dumps(ConfigParser.load_config_files(export.files)).encode()
+    extra = {"inference.json": config} if part == "whole" else {}
     save_net_with_metadata(script, str(file), False, meta_values=_metadata(export, part), more_extra_files=extra)
 
 
@@ -245,7 +262,7 @@ def _save_onnx(export: _Export, part: str, file: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about torch
         model = convert_to_onnx(
-            PARTS[part](for_onnxruntime(export.network)),
+            _for_onnxruntime(PARTS[part](export.network)),
             [export.example(part, 2)],  # two of a batch: torch.export takes a 1 for a constant
             input_names=[INPUT[part]],
             output_names=OUTPUTS[part],
@@ -259,11 +276,25 @@ def _save_onnx(export: _Export, part: str, file: Path) -> None:
         )
     for node in model.graph.node:  # source lines and paths of the machine that exports
         del node.metadata_props[:]
-    package = optional_import("onnx")[0]
-    metadata = _metadata(export, part)
+    package, metadata = optional_import("onnx")[0], _metadata(export, part)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata["export"].items()}
     package.helper.set_model_props(model, {**texts, "metadata": json.dumps(metadata)})
     package.save(model, str(file))
+
+
+def _for_onnxruntime(module: nn.Module) -> nn.Module:
+    """Change a part, in place, to operations that onnxruntime computes well; results change by rounding only.
+
+    It sums millions of voxels one after the other in fp32, which makes a group norm of full size wrong by a
+    thousandth; and it unrolls a transposed convolution in memory.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FoldedUpsample):
+                setattr(parent, name, nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), child.postconv))
+            elif isinstance(child, nn.GroupNorm):
+                setattr(parent, name, StagedGroupNorm(child))
+    return module
 
 
 if __name__ == "__main__":

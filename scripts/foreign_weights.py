@@ -4,8 +4,8 @@
     python -m scripts.foreign_weights convert --kind generative --source autoencoder.pth --output models/brlp.pt
         --config_file "['configs/inference.json','configs/brlp.json']"
 
-`original` is a checkpoint of the system that this bundle follows: `{"vae_state_dict": ...}` with MONAI's encoder and
-decoder, `conv_mean` and `conv_var` (log variance) as 1x1x1 convolutions between them, and no convolution after the
+`original` is a checkpoint of the system that this bundle follows, whose network is that of `configs/lite.json`:
+`{"vae_state_dict": ...}` with MONAI's encoder and decoder, `conv_mean` and `conv_var` (log variance) as 1x1x1 convolutions between them, and no convolution after the
 latent. `generative` is an `AutoencoderKL` of MONAI Generative, such as BrLP's. Nothing in a file is run.
 """
 
@@ -81,7 +81,10 @@ KINDS: dict[str, Callable[[State], dict[str, torch.Tensor]]] = {
 
 
 def convert(
-    source: str, output: str, kind: str = "original", config_file: str | Sequence[str] = "configs/inference.json"
+    source: str,
+    output: str,
+    kind: str = "original",
+    config_file: str | Sequence[str] = ("configs/inference.json", "configs/lite.json"),
 ) -> None:
     """Convert a checkpoint, and check that every tensor fits the network of a config.
 
@@ -89,7 +92,7 @@ def convert(
         source: the foreign checkpoint, `.pt`, `.pth` or `.safetensors`.
         output: the file to write, `.pt` or `.safetensors`.
         kind: `original` or `generative`.
-        config_file: the config whose network the weights are for, with its overlays.
+        config_file: the config whose network the weights are for, with its overlays; the original's by default.
 
     Raises:
         InputError: the kind is another, the file cannot be read, or a tensor is missing, unknown or of another shape.

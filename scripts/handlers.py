@@ -1,8 +1,8 @@
 """The Ignite handlers of training that MONAI has not.
 
-`train.json` lists them in `train#handlers` and `validate#handlers`: an EMA that is right from the first step, seeds
-that make a resumed epoch equal to an uninterrupted one, gradient clipping, the progress bar, the curve as CSV and in
-TensorBoard, and one picture an epoch.
+`train.json` lists them in `train#handlers` and `validate#handlers`: an EMA that is right from the first step, a
+validation of the start, a perceptual term that joins later, seeds that make a resumed epoch equal to an uninterrupted
+one, gradient clipping, the progress bar, the curve as CSV and in TensorBoard, and one picture a validation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from ignite.handlers.tqdm_logger import ProgressBar
 from monai.data.utils import set_rnd
+from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from torch import nn
 from torch.optim import Optimizer
@@ -31,7 +32,17 @@ from scripts.files import replacing
 from scripts.losses import VAELoss
 from scripts.pictures import figure_to_array, recon_panel
 
-__all__ = ["EpochSeed", "GradientClip", "LossBar", "PictureLog", "ScanBar", "TrainingLog", "WarmEMA"]
+__all__ = [
+    "EpochSeed",
+    "GradientClip",
+    "LossBar",
+    "PerceptualStart",
+    "PictureLog",
+    "ScanBar",
+    "StartValidation",
+    "TrainingLog",
+    "WarmEMA",
+]
 
 
 class WarmEMA(EMAHandler):
@@ -63,6 +74,28 @@ class WarmEMA(EMAHandler):
     def _warm(self, engine: Engine) -> None:
         step = engine.state.iteration
         engine.state.ema_momentum = max(self.momentum, 9 / (10 + step))
+
+
+class StartValidation:
+    """Validate the weights that a run begins with, as epoch 0, so that it can be told whether training improved them.
+
+    Args:
+        validator: MONAI's evaluator.
+    """
+
+    def __init__(self, validator: Evaluator) -> None:
+        self.validator = validator
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, after its EMA."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Validate where no step has been made; a resumed run has its start behind it."""
+        if engine.state.iteration > 0:
+            return
+        with self.validator.add_event_handler(Events.EPOCH_STARTED, _call_it_epoch_0):  # the engine counts from 1
+            self.validator.run(1)
 
 
 class EpochSeed:
@@ -129,6 +162,30 @@ class GradientClip:
             )
 
 
+class PerceptualStart:
+    """Leave the perceptual term out of the first epochs, which learn more from L1 and MSE in the same time.
+
+    Args:
+        loss: the loss; its weight of `lpips` is that of the later epochs.
+        start: share of the epochs after which the term joins, 0 (from the first on) to 1 (never).
+    """
+
+    def __init__(self, loss: VAELoss, start: float) -> None:
+        if not 0 <= start <= 1:
+            raise InputError(f"'perceptual_start' is {start}; give a share of the epochs, 0 to 1.")
+        self.loss, self.start = loss, start
+        self.weight = loss.weights["lpips"]
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the weight of the epoch that starts."""
+        has_begun = engine.state.epoch > self.start * engine.state.max_epochs
+        self.loss.weights["lpips"] = self.weight if has_begun else 0.0
+
+
 class LossBar:
     """Ignite's progress bar of an epoch, with the loss and the time left; in several processes that of the first."""
 
@@ -148,7 +205,7 @@ class ScanBar:
 
 
 class TrainingLog:
-    """One line an epoch: printed, in `metrics.csv`, and as TensorBoard scalars.
+    """One line an epoch: printed, in `metrics.csv`, and as TensorBoard scalars; epoch 0 is the validated start.
 
     The columns are the epoch, the means over its steps of the learning rate, the loss, its unweighted terms and the
     gradient's norm, and the metrics of a validation where one ran. A resumed run drops the lines of the epochs
@@ -178,9 +235,17 @@ class TrainingLog:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after its validation."""
+        engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_STARTED, self._clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
+
+    def _start(self, engine: Engine) -> None:
+        if engine.state.iteration > 0 or engine.state.rank != 0:
+            return
+        self.path.unlink(missing_ok=True)
+        if self.evaluator is not None and self.evaluator.state.metrics:
+            self._epoch(engine)
 
     def _clear(self, engine: Engine) -> None:
         self.steps = []
@@ -211,9 +276,10 @@ class TrainingLog:
 
     def _append(self, row: Mapping[str, float]) -> None:
         rows = pd.DataFrame([row])
-        if self.path.exists() and row["epoch"] > 1:
+        if self.path.exists():
             earlier = pd.read_csv(self.path)
             rows = pd.concat([earlier[earlier["epoch"] < row["epoch"]], rows])
+        rows = rows[sorted(rows.columns, key=lambda name: name.startswith("val_"))]  # epoch 0 has no others
         with replacing(self.path) as temporary:
             rows.to_csv(temporary, index=False, float_format="%.8g")
 
@@ -242,6 +308,10 @@ class PictureLog:
         image, pred = (np.asarray(output[key].detach().float().cpu()[0]) for key in ("image", "pred"))
         figure = recon_panel(image, pred, self.spacing, title=f"epoch {engine.state.epoch}")
         self.writer.add_image("reconstruction", figure_to_array(figure), engine.state.epoch, dataformats="HWC")
+
+
+def _call_it_epoch_0(engine: Engine) -> None:
+    engine.state.epoch = 0
 
 
 def _loss_of(output: Any) -> dict[str, float]:

@@ -23,7 +23,6 @@ from scripts.errors import InputError
 from scripts.files import file_sha256
 from scripts.latent_scaling import LatentScaling
 from scripts.latents import RECORD_KEYS, read_latent, read_manifest, read_statistics
-from scripts.transforms import RestoreLevel
 
 __all__ = ["DrawLatentd", "FirstStage", "LatentDataset", "latent_datalist"]
 
@@ -146,6 +145,5 @@ class FirstStage(nn.Module):
         return z
 
     def decode_stage_2_outputs(self, z: torch.Tensor) -> torch.Tensor:
-        """Unpad, unscale and decode (B, C, D', H', W') to (B, 1, D, H, W), each volume at its level."""
-        decoded = self.network.decode(torch.stack([self.scaling.undo(latent, self.sides) for latent in z]))
-        return torch.stack([RestoreLevel()(volume) for volume in decoded])
+        """Unpad, unscale and decode (B, C, D', H', W') to (B, 1, D, H, W)."""
+        return self.network.decode(torch.stack([self.scaling.undo(latent, self.sides) for latent in z]))

@@ -1,10 +1,8 @@
 """The autoencoder of the bundle: MONAI's `AutoencoderKL` with the calling conventions that MONAI's tools need.
 
 Every config builds `BrainVAE`; training unpacks `(recon, mu, sigma)`, everything else (evaluators, MONAI Label,
-exports) gets one tensor. Constructor arguments and state-dict keys are MONAI's, so weights move between the two
-classes in both directions. The one addition is faster exact arithmetic: nearest-neighbour upsampling followed by a
-3x3x3 convolution is computed as one transposed convolution, with the kernel folded on the fly from the trained weights,
-and a group normalisation together with its SiLU (`scripts.group_norm`).
+exports) gets one tensor. Its two switches, `wavelet` and `norm`, make the network of the bundle; with both off it is
+MONAI's, and weights move between the two classes in both directions.
 """
 
 from __future__ import annotations
@@ -16,24 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from monai.networks.blocks import UpSample
 from monai.networks.nets import AutoencoderKL
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from scripts.blocks import FoldedUpsample, PositionResBlock, haar, inverse_haar
 from scripts.errors import InputError
 from scripts.files import is_packed
-from scripts.group_norm import GroupNormSiLU, is_plain_channels_last
 
 __all__ = [
     "UNREADABLE",
     "BrainVAE",
-    "FoldedUpsample",
-    "Pointwise",
-    "ResBlock",
     "load_state",
     "load_weights",
     "read_state_dict",
@@ -51,28 +44,57 @@ UNREADABLE = (
 class BrainVAE(AutoencoderKL):
     """`monai.networks.nets.AutoencoderKL` that returns one tensor in eval mode and can be scripted.
 
-    Arguments are those of `AutoencoderKL`. In training mode `forward` returns `(recon, mu, sigma)` with `recon`
-    decoded from one sample of the posterior, in eval mode and under TorchScript the tensor decoded from the
+    Arguments are those of `AutoencoderKL`, and two more. In training mode `forward` returns `(recon, mu, sigma)` with
+    `recon` decoded from one sample of the posterior, in eval mode and under TorchScript the tensor decoded from the
     posterior mean. `encode` and `decode` are exported to TorchScript; attention blocks cannot be scripted, and
     `scripts.export` traces them.
 
-    Shapes for the default strides: image (B, 1, D, H, W) with sides that are multiples of 4, latent
+    Shapes for the bundle's configs: image (B, 1, D, H, W) with sides that are multiples of 4, latent
     (B, 4, D/4, H/4, W/4). `logvar` is 2 ln sigma and lies within [-30, 20].
 
+    Args:
+        wavelet: an orthonormal Haar step before the encoder and its inverse after the decoder. The blocks then see 8
+            channels an input channel at half the resolution, and `channels` begins there.
+        norm: "group", MONAI's, whose statistics are the whole volume's; or "position", `PositionNorm` inside the
+            residual blocks and none before the last convolutions, so that a linear path leads from image to latent and
+            from latent to image. Then no voxel depends on others beyond the convolutions' reach.
+
+    Raises:
+        InputError: `norm` is neither.
+
     Source: Kingma and Welling, https://arxiv.org/abs/1312.6114; Rombach et al., https://arxiv.org/abs/2112.10752;
-    MAISI, https://arxiv.org/abs/2409.11169.
+    MAISI, https://arxiv.org/abs/2409.11169; a wavelet entry: WF-VAE, https://arxiv.org/abs/2411.17459.
     """
 
-    def __init__(self, *args, **kwargs) -> None:  # MONAI's own signature, forwarded whole
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        *args,
+        wavelet: bool = False,
+        norm: str = "group",
+        **kwargs,  # MONAI's own signature, forwarded whole
+    ) -> None:
+        if norm not in ("group", "position"):
+            raise InputError(f"'norm' is {norm!r}; give group or position.")
+        bands = 8 if wavelet else 1
+        if norm == "position":
+            kwargs = {**kwargs, "norm_num_groups": 1}  # MONAI's group norms are replaced, for any number of channels
+        super().__init__(spatial_dims, bands * in_channels, bands * out_channels, *args, **kwargs)
+        self.wavelet = wavelet
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if FoldedUpsample.replaces(child):
                     setattr(module, name, FoldedUpsample(child))
-                elif isinstance(child, AEKLResBlock):
-                    setattr(module, name, ResBlock(child))
-                elif isinstance(child, nn.GroupNorm) and not isinstance(module, AEKLResBlock):
-                    setattr(module, name, GroupNormSiLU(child, silu=False))
+                elif norm == "position" and isinstance(child, AEKLResBlock):
+                    setattr(module, name, PositionResBlock(child))
+                elif norm == "position" and isinstance(child, nn.GroupNorm) and not isinstance(module, AEKLResBlock):
+                    setattr(module, name, nn.Identity())
+        if norm == "position":  # the linear path begins without detours
+            for pointwise in (self.quant_conv_mu, self.post_quant_conv):
+                nn.init.dirac_(pointwise.conv.weight)
+                nn.init.zeros_(pointwise.conv.bias)
 
     @torch.jit.export
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +106,7 @@ class BrainVAE(AutoencoderKL):
         Returns:
             mu and sigma, each (B, latent_channels, D/4, H/4, W/4).
         """
+        x = haar(x) if self.wavelet else x
         h = self.encoder(x) if torch.jit.is_scripting() else self._run(self.encoder, x)
         mu = self.quant_conv_mu(h)
         logvar = torch.clamp(self.quant_conv_log_sigma(h), -30.0, 20.0)
@@ -100,7 +123,10 @@ class BrainVAE(AutoencoderKL):
             image (B, C, D, H, W).
         """
         z = self.post_quant_conv(z)
-        return self.decoder(z) if torch.jit.is_scripting() else self._run(self.decoder, z)
+        x = self.decoder(z) if torch.jit.is_scripting() else self._run(self.decoder, z)
+        if not self.wavelet:
+            return x
+        return inverse_haar(x if x.dtype == torch.float64 else x.float())  # autocast's bf16 would round each sum
 
     def forward(self, x: torch.Tensor):
         """Reconstruct.
@@ -124,95 +150,6 @@ class BrainVAE(AutoencoderKL):
         if self.use_checkpoint and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
         return part(x)
-
-
-class ResBlock(nn.Module):
-    """MONAI's `AEKLResBlock` whose SiLUs are computed with the normalisations; the same parameters and names.
-
-    Args:
-        block: the block whose layers are taken.
-    """
-
-    def __init__(self, block: AEKLResBlock) -> None:
-        super().__init__()
-        self.norm1 = GroupNormSiLU(block.norm1, silu=True)
-        self.conv1 = block.conv1
-        self.norm2 = GroupNormSiLU(block.norm2, silu=True)
-        self.conv2 = block.conv2
-        shortcut = block.nin_shortcut
-        self.nin_shortcut = shortcut if isinstance(shortcut, nn.Identity) else Pointwise(shortcut)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, D, H, W) to (B, C', D, H, W)."""
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
-        return h.add_(self.nin_shortcut(x))  # in place: no layer's backward pass needs its convolution's output
-
-
-class Pointwise(nn.Module):
-    """A 1x1x1 convolution; channels-last on a CPU as the matrix product that it is, which PyTorch makes it seldom.
-
-    Args:
-        block: MONAI's `Convolution` whose layer is taken, under the same name.
-    """
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.conv = block.conv
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, D, H, W) to (B, C', D, H, W)."""
-        if not torch.jit.is_scripting():  # noqa: SIM102  scripting compiles no condition that calls Python
-            if is_plain_channels_last(x):
-                rows = x.permute(0, 2, 3, 4, 1)
-                return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).permute(0, 4, 1, 2, 3)
-        return self.conv(x)
-
-
-class FoldedUpsample(nn.Module):
-    """Nearest-neighbour x2 upsampling and a 3x3x3 convolution as one transposed convolution.
-
-    In one dimension the output at o is the sum over i of x[i] W[o + 1 - 2i] with W = (w2, w1 + w2, w0 + w1, w0) for
-    the convolution's kernel (w0, w1, w2): kernel 4, stride 2, padding 1; in three dimensions the same holds axis by
-    axis. 8 multiplications an output instead of 27. The parameters stay those of the convolution, under the same
-    names, so state dicts do not change and training goes on as before; results agree to rounding.
-
-    Args:
-        upsample: MONAI's `UpSample` block (nearest, factor 2, then a 3x3x3 convolution) whose convolution is taken.
-    """
-
-    def __init__(self, upsample: Any) -> None:
-        super().__init__()
-        self.postconv = upsample.postconv
-        fold = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-        self.register_buffer("fold", fold, persistent=False)
-
-    @staticmethod
-    def replaces(block: nn.Module) -> bool:
-        """Whether the block is one that this class computes exactly."""
-        if not isinstance(block, UpSample):
-            return False
-        up, conv = (
-            getattr(block, "upsample_non_trainable", None),
-            getattr(getattr(block, "postconv", None), "conv", None),
-        )
-        return (
-            isinstance(up, nn.Upsample)
-            and not hasattr(block, "preconv")
-            and up.mode == "nearest"
-            and up.scale_factor in (2.0, (2.0, 2.0, 2.0))
-            and isinstance(conv, nn.Conv3d)
-            and conv.kernel_size == (3, 3, 3)
-            and conv.stride == (1, 1, 1)
-            and conv.padding == (1, 1, 1)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, D, H, W) to (B, C', 2D, 2H, 2W)."""
-        return F.conv_transpose3d(x, self.kernel(), self.postconv.conv.bias, stride=2, padding=1)
-
-    def kernel(self) -> torch.Tensor:
-        """The transposed convolution's, (C, C', 4, 4, 4), from the weights as they are now."""
-        return torch.einsum("oixyz,ax,by,cz->ioabc", self.postconv.conv.weight, self.fold, self.fold, self.fold)
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:

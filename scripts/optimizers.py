@@ -76,7 +76,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 "mend learning_rate and adam_learning_rate."
             )
         convolutions = [m for m in network.modules() if isinstance(m, nn.Conv3d) and m.kernel_size == (3, 3, 3)]
-        hidden = [m.weight for m in convolutions if min(m.in_channels, m.out_channels) > 4]
+        hidden = [m.weight for m in convolutions if min(m.in_channels, m.out_channels) >= 16]
         hidden_ids = {id(weight) for weight in hidden}
         rest = [p for p in network.parameters() if id(p) not in hidden_ids]
         groups = [

@@ -2,8 +2,7 @@
 
 Every config calls them after MONAI's loading, orientation and spacing. `ToModelSpaced` finds the head and cuts the box
 of model space around it; `ScaleByPercentiled` brings every scanner's unit to one scale. Both leave MONAI's trace, so
-that `Invertd` takes a reconstruction back to the scan's own grid and unit. `RestoreLeveld` comes first after the
-decoder.
+that `Invertd` takes a reconstruction back to the scan's own grid and unit.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from scripts.errors import InputError
 __all__ = [
     "FACTOR_KEY",
     "Outside",
-    "RestoreLevel",
-    "RestoreLeveld",
     "ScaleByPercentile",
     "ScaleByPercentiled",
     "ToModelSpace",
@@ -41,7 +38,6 @@ __all__ = [
 ]
 
 FACTOR_KEY = "intensity_factor"  # meta key: multiply by it to come back to the scanner's unit
-LEVEL_RANGE = (0.5, 2.0)  # a decoder that is further off is not one of this preprocessing, or not trained
 
 
 class ToModelSpace(CropForeground):
@@ -160,37 +156,6 @@ class ScaleByPercentiled(MapTransform, InvertibleTransform):
         return {**data, **{key: self.scaler.inverse(data[key]) for key in self.key_iterator(data)}}
 
 
-class RestoreLevel:
-    """Divide a decoded volume by its percentile, since preprocessing has made that of every scan 1.
-
-    Group normalisation hides the level of the whole volume from a decoder, which then misses it on contrasts that it
-    has not met. A volume whose percentile lies outside 0.5 to 2 stays as it is.
-
-    Args:
-        percentile: that of `ScaleByPercentile`.
-    """
-
-    def __init__(self, percentile: float = 99.5) -> None:
-        self.percentile = percentile
-
-    def __call__(self, volume: torch.Tensor) -> torch.Tensor:
-        """Scale `volume`, any shape."""
-        level = _percentile(volume.float(), self.percentile) if torch.isfinite(volume).all() else math.nan
-        return volume / level if LEVEL_RANGE[0] <= level <= LEVEL_RANGE[1] else volume
-
-
-class RestoreLeveld(MapTransform):
-    """Dictionary version of `RestoreLevel`."""
-
-    def __init__(self, keys: KeysCollection, percentile: float = 99.5, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.restore = RestoreLevel(percentile)
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        """Scale each key's volume."""
-        return {**data, **{key: self.restore(data[key]) for key in self.key_iterator(data)}}
-
-
 class Outside(NamedTuple):
     """How many of the source scan's voxels model space does not hold."""
 
@@ -268,7 +233,9 @@ def coarse_size(spatial_size: Sequence[int], scale: float) -> list[int]:
 
 def percentile_of(volume: torch.Tensor, percentile: float) -> float:
     """A volume's percentile, which has to be a positive number to serve as its scale."""
-    value = _percentile(volume, percentile)
+    values = convert_to_tensor(volume, track_meta=False).detach().cpu().numpy()
+    rank = np.asarray(percentile, dtype=np.float64)  # as a plain number numpy would round the rank to float32
+    value = float(np.percentile(values, rank))  # `torch.quantile` stops at 16 million values
     if not (math.isfinite(value) and value > 0):
         name = volume.meta.get("filename_or_obj", "the volume") if isinstance(volume, MetaTensor) else "the volume"
         raise InputError(
@@ -276,13 +243,6 @@ def percentile_of(volume: torch.Tensor, percentile: float) -> float:
             "look at the file and leave it out if it is empty."
         )
     return value
-
-
-def _percentile(volume: torch.Tensor, percentile: float) -> float:
-    """`torch.quantile` stops at 16 million values; numpy's partition does not."""
-    values = convert_to_tensor(volume, track_meta=False).detach().cpu().numpy()
-    rank = np.asarray(percentile, dtype=np.float64)  # as a plain number numpy would round the rank to float32
-    return float(np.percentile(values, rank))
 
 
 def _foreground(volume: torch.Tensor, threshold: float = 0.05, percentile: float = 99.5) -> torch.Tensor:

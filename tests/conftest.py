@@ -19,16 +19,15 @@ from scripts.networks import BrainVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_NETWORK = [
-    "--network_def#channels", "[4, 8, 8]",
-    "--network_def#norm_num_groups", "4",
+    "--network_def#channels", "[4, 8]",
     "--spatial_size", "[32, 36, 32]",
     "--spacing", "4.0",
 ]  # fmt: skip
 
 TINY_JOB = [*TINY_NETWORK, "--device", "cpu"]
 TINY_VAE = {
-    "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "channels": [4, 8, 8],
-    "num_res_blocks": [1, 1, 1], "norm_num_groups": 4, "norm_eps": 1e-6, "attention_levels": [False] * 3,
+    "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "channels": [4, 8],
+    "num_res_blocks": [1, 1], "attention_levels": [False] * 2, "wavelet": True, "norm": "position",
     "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False,
 }  # fmt: skip
 

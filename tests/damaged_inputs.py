@@ -1202,7 +1202,7 @@ def read_job(given: tuple[str, dict[str, Any]], output: Path) -> Any:
     """A whole job in this process: what it makes of the scan."""
     name, more = given
     torch.save(state(), output / "tiny.pt")
-    network = {"network_def#channels": [4, 8, 8], "network_def#norm_num_groups": 4}
+    network = {"network_def#channels": [4, 8]}
     tiny = {"spatial_size": [32, 32, 32], "spacing": 4.0, "weights": str(output / "tiny.pt"), "device": "cpu"}
     workflow = ConfigWorkflow(
         config_file=str(ROOT / "configs" / f"{name}.json"), workflow_type="inference",

@@ -17,7 +17,7 @@ from parameterized import parameterized
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "bundle_root": str(ROOT), "network_def#channels": [4, 8, 8], "network_def#norm_num_groups": 4, "device": "cpu",
+    "bundle_root": str(ROOT), "network_def#channels": [4, 8], "device": "cpu",
     "spatial_size": [32, 36, 32], "spacing": 4.0, "checks": "stop",
 }  # fmt: skip
 TRAIN = [[{"epochs": 1, "perceptual_weight": 0.0, "batch_size": 1, "val_fraction": 0.5, "output_dir": "train"}]]

@@ -20,7 +20,7 @@ from torch import nn
 from scripts.checkpoints import RunCheckpoint
 from scripts.engines import prepare_batch
 from scripts.errors import InputError, Interrupted
-from scripts.handlers import EpochSeed, GradientClip, WarmEMA
+from scripts.handlers import EpochSeed, GradientClip, StartValidation, WarmEMA
 from scripts.losses import VAELoss
 from scripts.metrics import VolumeMetric
 from scripts.networks import read_state_dict
@@ -68,7 +68,7 @@ def build(
     folder: Path,
     *,
     epochs: int = 4,
-    width: int = 8,
+    width: int = 16,
     scans: int = 6,
     adam: bool = False,
     val_interval: int = 1,
@@ -82,7 +82,7 @@ def build(
     augmentation = Compose([RandFlipd("image", 0.5, 0), RandGaussianNoised("image", prob=0.7, std=0.1)])
     dataset = Dataset(records[:scans], augmentation)
     loader = DataLoader(dataset, batch_sampler=batch_sampler(dataset.data, 2, False, 3), num_workers=num_workers)
-    network, loss = TinyVAE(width), VAELoss(perceptual_weight=0)
+    network, loss = TinyVAE(width), VAELoss()
     optimizer = torch.optim.Adam(network.parameters(), 0.01) if adam else MuonAdamW(network, adam_lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3)
     ema, early_stop = WarmEMA(network, 0.9), EarlyStopHandler(patience, lambda engine: engine.state.metrics["score"])
@@ -424,3 +424,17 @@ def test_start_needs_attach(tmp_path):
     checkpoint = RunCheckpoint(str(tmp_path), {}, nn.Linear(1, 1), str(tmp_path))
     with pytest.raises(RuntimeError, match="attach"):
         _ = checkpoint.unfinished
+
+
+def test_a_start_that_no_epoch_beats_is_kept(tmp_path, capsys):
+    """model.pt holds the weights that the run began with, and the run says so; model_final.pt the last epoch's."""
+    run = build(tmp_path, epochs=2, scores=[1.0, 2.0, 9.0])  # epochs 1, 2, and 0, which counts from the end
+    start = {name: value.clone() for name, value in run.objects["network"].state_dict().items()}
+    StartValidation(run.evaluator).attach(run.trainer)
+    run.checkpoint.attach(run.trainer, run.evaluator, run.early_stop)
+    run.checkpoint.start(False)
+    run.trainer.run()
+    kept, final = (read_state_dict(tmp_path / name) for name in ("model.pt", "model_final.pt"))
+    assert all(torch.equal(kept[name], value) for name, value in start.items())
+    assert not all(torch.equal(final[name], value) for name, value in start.items())
+    assert "no epoch was better than the start" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def model(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model.ts` of the tiny network, exported with a config that stands for `configs/inference.json`."""
     folder = tmp_path_factory.mktemp("deploy")
     config = json.loads((ROOT / "configs" / "inference.json").read_text())
-    config["network_def"] |= {"channels": [4, 8, 8], "norm_num_groups": 4}
+    config["network_def"] |= {"channels": [4, 8]}
     (folder / "inference.json").write_text(json.dumps(config | TINY))
     torchscript(str(weights), str(folder), "whole", str(folder / "inference.json"))
     return folder / "model.ts"

@@ -18,16 +18,15 @@ from monai.bundle import ConfigParser
 
 from scripts import export, exported
 from scripts.errors import InputError
-from scripts.export import onnx, torchscript
+from scripts.export import StagedGroupNorm, onnx, torchscript
 from scripts.exported import OnnxNetwork, load_torchscript
 from scripts.files import file_sha256
 from scripts.networks import BrainVAE, load_weights
-from scripts.onnx_layers import StagedGroupNorm
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 TINY = {
-    "network_def#channels": [4, 8, 8], "network_def#norm_num_groups": 4, "spatial_size": [32, 36, 32], "spacing": 4.0,
+    "network_def#channels": [4, 8], "spatial_size": [32, 36, 32], "spacing": 4.0,
 }  # fmt: skip
 ATTENTION = {
     "attention_levels": [False, False, True], "with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True,
@@ -180,7 +179,7 @@ def test_bad_input_is_named(
     arguments: dict[str, Any] = {"weights": str(weights), "config_file": config_files(tmp_path), argument: value}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.pt").write_bytes(b"nothing")
-    torch.save(BrainVAE(**{**TINY_VAE, "channels": [8, 8, 8]}).state_dict(), tmp_path / "wide.pt")
+    torch.save(BrainVAE(**{**TINY_VAE, "channels": [8, 8]}).state_dict(), tmp_path / "wide.pt")
     with pytest.raises(InputError, match=message):
         torchscript(output_dir=str(tmp_path / "out"), **arguments)
     assert not (tmp_path / "out").exists()

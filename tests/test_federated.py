@@ -34,7 +34,7 @@ State = Mapping[str, torch.Tensor]
 
 NVFLARE = os.environ.get("NVFLARE_PYTHON", "")
 TINY = {
-    "network_def#channels": [4, 8, 8], "network_def#norm_num_groups": 4, "spatial_size": [32, 36, 32], "spacing": 4.0,
+    "network_def#channels": [4, 8], "spatial_size": [32, 36, 32], "spacing": 4.0,
     "perceptual_weight": 0.0, "batch_size": 1,
 }  # fmt: skip
 SITES = {

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ from scripts.errors import InputError
 from scripts.foreign_weights import convert, from_generative, from_original
 from scripts.networks import BrainVAE, load_weights
 
+TINY_ORIGINAL = {
+    **{key: value for key, value in TINY_VAE.items() if key not in ("wavelet", "norm")},
+    "channels": [4, 8, 8], "num_res_blocks": [1, 1, 1], "attention_levels": [False] * 3, "norm_num_groups": 4,
+}  # fmt: skip
+ORIGINAL = {**TINY_ORIGINAL, "channels": [32, 64, 128], "norm_num_groups": 16}
 PREFIXES = ["", "module."]
 IMAGE = torch.rand(1, 1, 16, 20, 16, generator=torch.Generator().manual_seed(0))
 
@@ -27,9 +33,9 @@ IMAGE = torch.rand(1, 1, 16, 20, 16, generator=torch.Generator().manual_seed(0))
 class OriginalVAE(nn.Module):
     """The original's VAE, built from its description: MONAI's encoder and decoder with two convolutions between."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
-        parts = AutoencoderKL(**TINY_VAE)
+        parts = AutoencoderKL(**sizes)
         self.encoder, self.decoder = parts.encoder, parts.decoder
         self.conv_mean = nn.Conv3d(4, 4, 1)
         self.conv_var = nn.Conv3d(4, 4, 1)
@@ -45,13 +51,13 @@ class OriginalVAE(nn.Module):
 @pytest.fixture(scope="module")
 def original() -> OriginalVAE:
     torch.manual_seed(0)
-    return OriginalVAE().eval()
+    return OriginalVAE(TINY_ORIGINAL).eval()
 
 
 @pytest.fixture
 def tiny_config(tmp_path):
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({"network_def": {"_target_": "scripts.networks.BrainVAE", **TINY_VAE}}))
+    path.write_text(json.dumps({"network_def": {"_target_": "scripts.networks.BrainVAE", **TINY_ORIGINAL}}))
     return str(path)
 
 
@@ -61,7 +67,7 @@ def test_original_encodes_and_decodes_the_same(original, tmp_path, tiny_config, 
     state = {prefix + name: tensor for name, tensor in original.state_dict().items()}
     torch.save({"vae_state_dict": state, "epoch": 7, "optimizer": {"lr": 0.1}}, tmp_path / "vae.pt")
     convert(str(tmp_path / "vae.pt"), str(tmp_path / "ours.pt"), config_file=tiny_config)
-    ours = load_weights(BrainVAE(**TINY_VAE), tmp_path / "ours.pt").eval()
+    ours = load_weights(BrainVAE(**TINY_ORIGINAL), tmp_path / "ours.pt").eval()
     mu, logvar = original.encode(IMAGE)
     mu_ours, sigma_ours = ours.encode(IMAGE)
     torch.testing.assert_close(mu_ours, mu, atol=0, rtol=0)
@@ -76,12 +82,12 @@ def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("rename", [dict, old_names])
 def test_generative_names_become_monais(rename):
-    state = AutoencoderKL(**TINY_VAE).state_dict()
+    state = AutoencoderKL(**TINY_ORIGINAL).state_dict()
     assert list(from_generative(rename(state))) == list(state)
 
 
 def test_original_may_have_generative_names(original):
-    assert set(from_original(old_names(original.state_dict()))) == set(BrainVAE(**TINY_VAE).state_dict())
+    assert set(from_original(old_names(original.state_dict()))) == set(BrainVAE(**TINY_ORIGINAL).state_dict())
 
 
 def test_safetensors_both_ways(original, tmp_path, tiny_config):
@@ -89,7 +95,15 @@ def test_safetensors_both_ways(original, tmp_path, tiny_config):
 
     save_file({n: t.contiguous() for n, t in original.state_dict().items()}, tmp_path / "vae.safetensors")
     convert(str(tmp_path / "vae.safetensors"), str(tmp_path / "ours.safetensors"), config_file=tiny_config)
-    load_weights(BrainVAE(**TINY_VAE), tmp_path / "ours.safetensors")
+    load_weights(BrainVAE(**TINY_ORIGINAL), tmp_path / "ours.safetensors")
+
+
+def test_the_original_fits_the_lite_network(tmp_path, monkeypatch):
+    """Without a config: the default is the overlay with the original's sizes."""
+    monkeypatch.chdir(ROOT)
+    torch.save({"vae_state_dict": OriginalVAE(ORIGINAL).state_dict()}, tmp_path / "vae.pt")
+    convert(str(tmp_path / "vae.pt"), str(tmp_path / "ours.pt"))
+    load_weights(BrainVAE(**ORIGINAL), tmp_path / "ours.pt")
 
 
 class Evil:
@@ -115,7 +129,7 @@ def test_another_architecture_leaves_no_file(original, tmp_path):
 
 @pytest.mark.parametrize("kind, message", [("brlp", "'kind' is 'brlp'"), ("original", "has no 'conv_mean.weight'")])
 def test_mistakes_are_named(tmp_path, kind, message):
-    torch.save(AutoencoderKL(**TINY_VAE).state_dict(), tmp_path / "vae.pt")
+    torch.save(AutoencoderKL(**TINY_ORIGINAL).state_dict(), tmp_path / "vae.pt")
     with pytest.raises(InputError, match=message):
         convert(str(tmp_path / "vae.pt"), str(tmp_path / "ours.pt"), kind=kind)
 

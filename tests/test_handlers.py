@@ -21,7 +21,17 @@ from torch import nn
 
 from scripts.engines import prepare_batch
 from scripts.errors import InputError
-from scripts.handlers import EpochSeed, GradientClip, LossBar, PictureLog, ScanBar, TrainingLog, WarmEMA
+from scripts.handlers import (
+    EpochSeed,
+    GradientClip,
+    LossBar,
+    PerceptualStart,
+    PictureLog,
+    ScanBar,
+    StartValidation,
+    TrainingLog,
+    WarmEMA,
+)
 from scripts.losses import VAELoss
 from scripts.samplers import batch_sampler
 
@@ -76,7 +86,7 @@ def build(
     records = [{"image": torch.rand(1, 12, 12, 12), "index": index} for index in range(4)]
     dataset = Dataset(records, Compose([RandGaussianNoised("image", prob=1.0, std=1.0)]))
     loader = DataLoader(dataset, batch_sampler=batch_sampler(records, 2, False, 0), num_workers=workers)
-    run = SimpleNamespace(network=Net(), loss=VAELoss(perceptual_weight=0), writer=FakeWriter())
+    run = SimpleNamespace(network=Net(), loss=VAELoss(), writer=FakeWriter())
     run.optimizer = torch.optim.SGD(run.network.parameters(), 0.1)
     run.evaluator = SupervisedEvaluator(
         CPU, DataLoader(Dataset(records[:3]), batch_size=1), run.network, prepare_batch=prepare_batch,
@@ -139,6 +149,50 @@ def test_average_starts_from_loaded_weights():
         engine.state.iteration = iteration
         engine.fire_event(Events.STARTED)
         assert (ema.ema_model.conv.weight == expected).all()
+
+
+def test_start_is_validated_as_epoch_0(tmp_path):
+    """Before the first step, from the EMA; its row comes first, without what only steps have; a resumed run skips it."""
+    seen = []
+    run = build(2, lambda run: [StartValidation(run.evaluator), *log_of(run, tmp_path)])
+    run.evaluator.add_event_handler(
+        Events.COMPLETED, lambda engine: seen.append((engine.state.epoch, run.trainer.state.iteration))
+    )
+    run.trainer.run()
+    assert seen == [(0, 0), (1, STEPS), (2, 2 * STEPS)]
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert list(table)[-1] == "val_score"
+    assert table["epoch"].tolist() == [0, 1, 2] and table["loss"].isna().tolist() == [True, False, False]
+    assert table["val_score"].tolist() == [0, 1, 2]
+    assert run.evaluator.state.best_metric_epoch == 2
+    resumed = build(3, lambda run: [StartValidation(run.evaluator)])
+    resumed.trainer.state.epoch, resumed.trainer.state.iteration = 2, 2 * STEPS
+    resumed.trainer.run()
+    assert resumed.evaluator.state.best_metric_epoch == -1
+
+
+# start, and the epochs of four that have the term
+@pytest.mark.parametrize(("start", "expected"), [(0.0, [1, 2, 3, 4]), (0.5, [3, 4]), (0.6, [3, 4]), (1.0, [])])
+def test_perceptual_term_joins_later(start, expected):
+    """Epochs after the given share have its weight, those before have none, also where a run is resumed in between."""
+    for first in (0, 3):
+        run = build(4, lambda run: [])
+        run.loss.weights["lpips"] = 0.5
+        PerceptualStart(run.loss, start).attach(run.trainer)
+        weights = {}
+        run.trainer.state.epoch, run.trainer.state.iteration = first, first * STEPS
+        run.trainer.add_event_handler(
+            Events.EPOCH_STARTED, lambda engine: weights.update({engine.state.epoch: run.loss.weights["lpips"]})
+        )
+        run.trainer.run()
+        assert weights == {epoch: 0.5 if epoch in expected else 0.0 for epoch in range(first + 1, 5)}
+
+
+@pytest.mark.parametrize("start", [-0.1, 1.1])
+def test_perceptual_start_out_of_range_is_refused(start):
+    """The config's key is named."""
+    with pytest.raises(InputError, match="'perceptual_start' is"):
+        PerceptualStart(VAELoss(), start)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5, math.nan])

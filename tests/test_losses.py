@@ -12,17 +12,18 @@ from torch import nn
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
-from scripts.losses import VAELoss, kl_divergence
+from scripts.engines import AutocastInferer
+from scripts.losses import ScaleEquivariance, VAELoss, kl_divergence
 
 EXTREME_SIGMAS = [0.0, 1e-45, 1e-20, 1e20, 3e38, math.inf]
 # weights by argument, terms that are computed and logged
 WEIGHTS = [
-    ({}, {"l1", "kl", "lpips"}),
-    ({"perceptual_weight": 0.0}, {"l1", "kl"}),
-    ({"perceptual_weight": 0.0, "mse_weight": 2.0}, {"l1", "kl", "mse"}),
+    ({}, {"l1", "kl"}),
+    ({"perceptual_weight": 0.6, "kl_weight": 0.107}, {"l1", "kl", "lpips"}),
+    ({"mse_weight": 2.0, "equivariance_weight": 0.25}, {"l1", "kl", "mse", "equivariance"}),
     (
-        {"recon_weight": 0.0, "kl_weight": 0.0, "mse_weight": 1.0, "perceptual_weight": 0.5},
-        {"l1", "kl", "mse", "lpips"},
+        {"recon_weight": 0.0, "mse_weight": 1.0, "perceptual_weight": 0.5, "equivariance_weight": 3.0},
+        {"l1", "kl", "mse", "lpips", "equivariance"},
     ),
 ]
 
@@ -53,7 +54,7 @@ def output_and_target(dtype: torch.dtype = torch.float32) -> tuple[tuple[torch.T
 def test_terms_and_total(weights, terms):
     """Each term is its formula, `parts` holds them without weights, the total is their weighted sum."""
     (recon, mu, sigma), target = output_and_target()
-    loss = VAELoss(FakeDistance(), **weights)
+    loss = VAELoss(FakeDistance(), lambda mu, sigma, target: (mu.sum() + sigma.sum() + target.sum()).abs(), **weights)
     total = loss((recon, mu, sigma), target)
     error = recon - target
     expected = {
@@ -61,9 +62,11 @@ def test_terms_and_total(weights, terms):
         "mse": (error**2).sum() / error.numel(),
         "kl": (0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log())).sum() / mu.numel(),
         "lpips": error.abs().max(),
+        "equivariance": (mu.sum() + sigma.sum() + target.sum()).abs(),
     }
     names = {"l1": "recon_weight", "mse": "mse_weight", "kl": "kl_weight", "lpips": "perceptual_weight"}
-    defaults = {"recon_weight": 1.0, "mse_weight": 0.0, "kl_weight": 0.107, "perceptual_weight": 0.6}
+    names["equivariance"] = "equivariance_weight"
+    defaults = {"recon_weight": 1.0, **dict.fromkeys(list(names.values())[1:], 0.0)}
     assert set(loss.parts) == {"loss", *terms}
     for name in terms:
         assert loss.parts[name] == pytest.approx(float(expected[name]), rel=1e-5)
@@ -119,7 +122,7 @@ def test_autocast_changes_nothing():
     """Under bf16 autocast every term is computed in fp32: equal to the bit."""
     output, target = output_and_target()
     distance = FakeDistance()
-    loss = VAELoss(distance, mse_weight=1.0)
+    loss = VAELoss(distance, mse_weight=1.0, perceptual_weight=0.6)
     plain = loss(output, target)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(output, target), plain)
@@ -130,7 +133,7 @@ def test_autocast_changes_nothing():
 def test_half_precision_inputs(dtype):
     """Inputs in half precision are widened first: equal to the loss of the widened inputs, in fp32."""
     output, target = output_and_target(dtype)
-    loss = VAELoss(FakeDistance(), mse_weight=1.0)
+    loss = VAELoss(FakeDistance(), mse_weight=1.0, perceptual_weight=0.6)
     total = loss(output, target)
     assert total.dtype == torch.float32
     assert torch.equal(total, loss(tuple(value.float() for value in output), target.float()))
@@ -154,18 +157,56 @@ def test_gradient_reaches_every_output():
     """recon, mu and sigma all get a gradient."""
     output, target = output_and_target()
     leaves = [value.clone().requires_grad_() for value in output]
-    VAELoss(FakeDistance())(tuple(leaves), target).backward()
+    VAELoss(FakeDistance(), kl_weight=0.1, perceptual_weight=0.6)(tuple(leaves), target).backward()
     assert all(leaf.grad.abs().sum() > 0 for leaf in leaves)
 
 
-@pytest.mark.parametrize("name", ["recon_weight", "kl_weight", "perceptual_weight", "mse_weight"])
+@pytest.mark.parametrize("name", ["recon_weight", "mse_weight", "kl_weight", "perceptual_weight", "equivariance_weight"])
 def test_negative_weight_is_refused(name):
     """A negative weight would reward the error."""
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         VAELoss(FakeDistance(), **{name: -1.0})
 
 
-def test_weight_without_a_distance_is_refused():
-    """The defaults weight the perceptual distance; leaving it out is said, not passed over."""
-    with pytest.raises(ValueError, match="perceptual_weight is 0.6, but no perceptual distance"):
-        VAELoss()
+@pytest.mark.parametrize("name", ["perceptual_weight", "equivariance_weight"])
+def test_weight_without_what_it_weighs_is_refused(name):
+    """Leaving the term out is said, not passed over."""
+    with pytest.raises(ValueError, match=f"{name} is 0.6, but nothing is given that computes it"):
+        VAELoss(**{name: 0.6})
+
+
+@pytest.mark.parametrize("size", [(4, 4, 4), (3, 4, 5)])
+def test_equivariance_compares_halves(size):
+    """By loops over 2 x 2 x 2 values, sigma of 0; an odd plane of the latent has no partner and is left out."""
+    mu = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(2, 1, *(4 * side for side in size), generator=torch.Generator().manual_seed(1))
+    halves = [
+        value.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).mean((5, 6, 7)) for value in (mu, image)
+    ]  # what lies beyond the last pair is dropped by unfold
+    decoded = nn.functional.interpolate(halves[0], scale_factor=4.0)
+    expected = (decoded - halves[1][tuple(slice(side) for side in decoded.shape)]).abs().mean()
+    term = ScaleEquivariance(lambda z: nn.functional.interpolate(z, scale_factor=4.0), AutocastInferer(False, "cpu"))
+    torch.testing.assert_close(term(mu, torch.zeros_like(mu), image), expected)
+
+
+def test_equivariance_of_a_decoder_that_is_linear_in_scale_is_zero():
+    """Repeating each value 4 x 4 x 4 times commutes with taking means over 2 x 2 x 2: nothing is left to punish."""
+    mu = torch.randn(1, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    mu = nn.functional.interpolate(mu, scale_factor=2.0)
+    term = ScaleEquivariance(lambda z: nn.functional.interpolate(z, scale_factor=4.0), AutocastInferer(False, "cpu"))
+    image = nn.functional.interpolate(mu, scale_factor=4.0)
+    assert term(mu, torch.zeros_like(mu), image).item() == 0
+
+
+def test_equivariance_decodes_a_sample():
+    """The noise that is averaged over 2 x 2 x 2 values has sd sigma / sqrt(8); under autocast the decoder runs so."""
+    seen = []
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        seen.append((z, torch.is_autocast_enabled("cpu")))
+        return nn.functional.interpolate(z, scale_factor=4.0)
+
+    mu, image = torch.zeros(1, 1, 50, 50, 50), torch.zeros(1, 1, 200, 200, 200)
+    ScaleEquivariance(decode, AutocastInferer(True, "cpu"))(mu, torch.full_like(mu, 2.0), image)
+    assert seen[0][0].std().item() == pytest.approx(2 / math.sqrt(8), rel=0.02)  # 15,625 values: 0.6 %
+    assert seen[0][1]

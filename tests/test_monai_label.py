@@ -35,7 +35,7 @@ TRAINING_KEYS = [
 # changes by position.
 LABEL_OPTIONS = {"run_id": "run", "multi_gpu": False}
 TINY = {"spatial_size": [32, 36, 32], "spacing": 4.0}
-TINY_NETWORK = {"channels": [4, 8, 8], "norm_num_groups": 4}
+TINY_NETWORK = {"channels": [4, 8]}
 ENVIRONMENT = os.environ.get("MONAI_LABEL_ENV", "")
 SCANS = ["sub-01_T1w", "sub-02_T1w"]
 slow = pytest.mark.slow

@@ -223,7 +223,7 @@ def check_in_each_process(cohort: str, output: str) -> None:
     parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", "multi_gpu_train")])
     settings = {
         "dataset_dir": cohort, "output_dir": output, "device": "cpu", "spatial_size": [32, 36, 32], "spacing": 4.0,
-        "network_def#channels": [4, 8, 8], "network_def#norm_num_groups": 4, "perceptual_weight": 0, "augment": False,
+        "network_def#channels": [4, 8], "perceptual_weight": 0, "augment": False,
         "label": "group", "balanced": True, "recon_weight": 0, "mse_weight": 1,
     }  # fmt: skip
     for key, value in settings.items():

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import copy
-import json
+import itertools
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from monai.bundle import ConfigParser
 from monai.networks.blocks import UpSample
 from monai.networks.nets import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
+from scripts.blocks import FoldedUpsample, PositionNorm, PositionResBlock, haar, inverse_haar
 from scripts.errors import InputError
 from scripts.losses import VAELoss
-from scripts.networks import BrainVAE, FoldedUpsample, load_weights, read_state_dict, start_deterministic
+from scripts.networks import BrainVAE, load_weights, read_state_dict, start_deterministic
 
 ROOT = Path(__file__).parents[1]
+
+
+def arguments_of(*names: str) -> dict[str, Any]:
+    """The network's arguments in a config with its overlays."""
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in names])
+    parser.parse()
+    return {key: value for key, value in parser["network_def"].items() if key[0] != "_"}
+
+
+DEFAULT = arguments_of("train")
+SMALL = {**DEFAULT, "channels": [8, 16]}
+LITE_SWITCHED = arguments_of("train", "lite")
 LITE = {
-    k: v for k, v in json.loads((ROOT / "configs" / "train.json").read_text())["network_def"].items() if k[0] != "_"
-}
+    key: value for key, value in LITE_SWITCHED.items() if key not in ("wavelet", "norm")
+}  # what MONAI's class takes
 TINY = {**LITE, "channels": [8, 8, 16], "norm_num_groups": 4}
 MAISI = {
     **LITE,
@@ -52,9 +68,16 @@ NO_STATE_DICT = [[1, 2], {}, {"model": {}}, {"epoch": 3}, {"model": {"a": 1}}, t
 
 @pytest.fixture(scope="module")
 def lite() -> BrainVAE:
-    """The network of the shipped configs with random weights, in eval mode."""
+    """The network of lite.json with random weights, in eval mode."""
     torch.manual_seed(0)
-    return BrainVAE(**LITE).eval()
+    return BrainVAE(**LITE_SWITCHED).eval()
+
+
+@pytest.fixture(scope="module")
+def shipped() -> BrainVAE:
+    """The network of train.json with random weights, in eval mode."""
+    torch.manual_seed(0)
+    return BrainVAE(**DEFAULT).eval().to(memory_format=torch.channels_last_3d)
 
 
 def image(size: tuple[int, ...] = SIZE, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
@@ -62,9 +85,18 @@ def image(size: tuple[int, ...] = SIZE, dtype: torch.dtype = torch.float32, seed
     return torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def test_parameter_count(lite):
-    """The network of train.json has the number of parameters that the documentation states."""
-    assert sum(parameter.numel() for parameter in lite.parameters()) == 2_929_057
+@pytest.mark.parametrize(("overlays", "millions"), [((), 0), (("lite",), 2_929_057), (("maisi",), 20_944_897)])
+def test_parameter_count(overlays, millions):
+    """As the documentation states."""
+    network = BrainVAE(**arguments_of("train", *overlays))
+    assert sum(parameter.numel() for parameter in network.parameters()) == millions
+
+
+@pytest.mark.parametrize("norm", ["batch", "", None, True])
+def test_another_norm_is_refused(norm):
+    """By its name, with the two that there are."""
+    with pytest.raises(InputError, match=f"'norm' is {norm!r}; give group or position"):
+        BrainVAE(**{**SMALL, "norm": norm})
 
 
 @pytest.mark.parametrize("arguments", [LITE, MAISI], ids=["lite", "maisi"])
@@ -135,9 +167,9 @@ def test_folded_upsample_is_upsample_and_convolution(size, channels, bias, seed)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_upsampling_is_folded(lite):
-    """Both upsamplings of the shipped network are folded, and a transposed convolution is left as it is."""
-    assert sum(isinstance(block, FoldedUpsample) for block in lite.modules()) == 2
+def test_every_upsampling_is_folded(lite, shipped):
+    """All upsamplings are folded, and a transposed convolution is left as it is."""
+    assert [sum(isinstance(b, FoldedUpsample) for b in network.modules()) for network in (lite, shipped)] == [2, 1]
     transposed = BrainVAE(**{**TINY, "use_convtranspose": True})
     assert not any(isinstance(block, FoldedUpsample) for block in transposed.modules())
 
@@ -162,21 +194,146 @@ def test_other_upsampling_is_not_folded():
     assert not FoldedUpsample.replaces(nn.Conv3d(2, 2, 3))
 
 
-def test_training_returns_three(lite):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_haar_is_orthonormal(dtype):
+    """It has an inverse, which keeps what it is given, and the squares of all values sum to the same."""
+    x = image((2, 3, 4, 6, 2), dtype)
+    bands = haar(x)
+    assert bands.shape == (2, 24, 2, 3, 1) and bands.dtype == inverse_haar(bands).dtype == dtype
+    rounding = 8 * torch.finfo(dtype).eps  # three sums each way
+    torch.testing.assert_close(inverse_haar(bands), x, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(bands.double().square().sum(), x.double().square().sum(), rtol=rounding, atol=0)
+
+
+def test_haar_of_a_constant():
+    """sqrt(8) times the value in the first band, zero in the seven others."""
+    bands = haar(torch.full((1, 2, 4, 4, 4), 3.0, dtype=torch.float64))
+    torch.testing.assert_close(bands[:, :2], torch.full((1, 2, 2, 2, 2), 3 * 8**0.5, dtype=torch.float64))
+    assert not bands[:, 2:].any()
+
+
+def test_haar_is_its_formula():
+    """Channel a + 2b + 4c of a block of 2 x 2 x 2 is its sum with signs (-1)^(ai + bj + ck), over sqrt(8)."""
+    x = image((1, 1, 4, 2, 6), torch.float64)
+    bands = haar(x)
+    for band in range(8):
+        for place in itertools.product(range(2), range(1), range(3)):
+            expected = 0.0
+            for offset in itertools.product(range(2), repeat=3):
+                sign = (-1) ** sum((band >> axis & 1) * offset[axis] for axis in range(3))
+                voxel = tuple(2 * p + o for p, o in zip(place, offset, strict=True))
+                expected += sign * float(x[(0, 0, *voxel)]) / 8**0.5
+            assert float(bands[(0, band, *place)]) == pytest.approx(expected, abs=1e-14)
+
+
+def plain_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The formula of `PositionNorm`, in the words of its docstring."""
+    scaled = weight.view(1, -1, 1, 1, 1) * x / torch.sqrt((x**2).mean(1, keepdim=True) + eps)
+    return scaled * torch.sigmoid(scaled)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("size", [(2, 6, 3, 4, 5), (1, 96, 11, 9, 8), (1, 3, 1, 1, 1)])
+def test_position_norm_is_its_formula(size, memory_format):
+    """Forward, and the gradients of the input and of the gain, also where there are several chunks."""
+    norm = PositionNorm(size[1], 1e-6)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    direction = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    results = []
+    for way, dtype in ((norm, torch.float32), (lambda x: plain_norm(x, weight, 1e-6), torch.float64)):
+        given, weight = x.detach().to(dtype).requires_grad_(), norm.weight.detach().to(dtype).requires_grad_()
+        y = way(given)
+        results.append(
+            [y, *torch.autograd.grad((y * direction).sum(), [given, norm.weight if way is norm else weight])]
+        )
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == torch.float32
+        scale = float(expected.abs().max())  # fp32: the gain's gradient sums up to 800 products
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6 * max(scale, 1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_position_norm_computes_bf16_in_fp32(memory_format):
+    """The result is rounded once: that of fp32, in bf16."""
+    norm = PositionNorm(8)
+    x = torch.randn(1, 8, 4, 4, 4).bfloat16().contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        y = norm(x)
+        assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(y, norm(x.float()).bfloat16(), rtol=2**-7, atol=0)
+
+
+def test_position_norm_sees_one_voxel():
+    """The norm of a crop is the crop of the norm, to the bit."""
+    norm = PositionNorm(8)
+    x = torch.randn(1, 8, 9, 8, 7).contiguous(memory_format=torch.channels_last_3d)
+    crop = (slice(None), slice(None), slice(2, 5), slice(1, 8), slice(3, 4))
+    with torch.no_grad():
+        cropped = x[crop].contiguous(memory_format=torch.channels_last_3d)
+        assert torch.equal(norm(cropped), norm(x)[crop])
+
+
+def test_position_norm_is_differentiated_once_only():
+    """In chunks a second derivative would be wrong: it is refused."""
+    x = torch.randn(1, 4, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.autograd.grad(PositionNorm(4)(x).sum(), x, create_graph=True)
+
+
+def test_a_linear_path_leads_through_the_network():
+    """Without what the residual blocks add and without biases, twice the image is twice the latent and the result."""
+    network = BrainVAE(**SMALL).eval().double()
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias") or "conv2" in name:
+            nn.init.zeros_(parameter)
+    x = image(dtype=torch.float64)
+    with torch.no_grad():
+        mu = network.encode(x)[0]
+        assert mu.abs().max() > 0.01
+        torch.testing.assert_close(network.encode(2 * x)[0], 2 * mu)
+        torch.testing.assert_close(network.decode(2 * mu), 2 * network.decode(mu))
+
+
+def test_no_voxel_depends_on_others_beyond_the_reach_of_convolutions(shipped):
+    """Far from a change nothing changes: there is no statistic of a whole volume."""
+    x = image((1, 1, 96, 8, 8))
+    changed = x.clone()
+    changed[:, :, :8] += 5
+    with torch.no_grad():
+        before, after = shipped.encode(x)[0], shipped.encode(changed)[0]
+        torch.testing.assert_close(before[:, :, 12:], after[:, :, 12:], rtol=0, atol=0)
+        assert not torch.equal(before[:, :, :2], after[:, :, :2])
+
+
+def test_every_block_is_position_wise(shipped):
+    """`norm` leaves no group normalisation, with names that are MONAI's in the residual blocks."""
+    assert not any(isinstance(module, nn.GroupNorm) for module in shipped.modules())
+    assert sum(isinstance(module, PositionResBlock) for module in shipped.modules()) >= 4
+    theirs = set(AutoencoderKL(**{**LITE, "channels": [64, 128], "num_res_blocks": [1, 1],
+                                  "attention_levels": [False] * 2}).state_dict())  # fmt: skip
+    ours = set(shipped.state_dict())
+    assert ours <= theirs and all("norm" in name or name.split(".")[2] in "0123456789" for name in theirs - ours)
+
+
+@pytest.mark.parametrize("arguments", [DEFAULT, LITE], ids=["default", "lite"])
+def test_training_returns_three(arguments):
     """In training mode: a reconstruction from a sample, mu and sigma, of the documented shapes."""
-    network = copy.deepcopy(lite).train()
+    network = BrainVAE(**arguments).train()
     recon, mu, sigma = network(image())
     assert recon.shape == SIZE
     assert mu.shape == sigma.shape == (1, 4, 3, 4, 2)
     assert not torch.equal(recon, network(image())[0])  # another sample
 
 
-def test_eval_returns_the_mean_decoded(lite):
+def test_eval_returns_the_mean_decoded(lite, shipped):
     """In eval mode: one tensor, the posterior mean decoded, the same each time."""
-    with torch.no_grad():
-        recon = lite(image())
-        assert torch.equal(recon, lite.decode(lite.encode(image())[0]))
-        assert torch.equal(recon, lite(image()))
+    for network in (lite, shipped):
+        with torch.no_grad():
+            recon = network(image())
+            assert recon.shape == SIZE
+            assert torch.equal(recon, network.decode(network.encode(image())[0]))
+            assert torch.equal(recon, network(image()))
 
 
 @pytest.mark.parametrize(("bias", "logvar"), [(100.0, 20.0), (-100.0, -30.0)])
@@ -189,21 +346,24 @@ def test_logvar_is_clamped(bias, logvar):
     torch.testing.assert_close(2 * sigma.log(), torch.full_like(sigma, logvar))
 
 
-def test_scripted_network_is_equal(lite, tmp_path):
-    """TorchScript keeps encode and decode, survives a file, and computes the same to the bit."""
-    torch.jit.script(lite).save(tmp_path / "model.ts")
+@pytest.mark.parametrize("arguments", [DEFAULT, LITE], ids=["default", "lite"])
+def test_scripted_network_is_equal(arguments, tmp_path):
+    """TorchScript keeps encode and decode, survives a file, and computes the same to the bit in contiguous memory."""
+    network = BrainVAE(**arguments).eval()
+    torch.jit.script(network).save(tmp_path / "model.ts")
     scripted = torch.jit.load(tmp_path / "model.ts")
     x = image()
     with torch.no_grad():
-        assert torch.equal(scripted(x), lite(x))
+        assert torch.equal(scripted(x), network(x))
         mu, sigma = scripted.encode(x)
-        assert torch.equal(mu, lite.encode(x)[0]) and torch.equal(sigma, lite.encode(x)[1])
-        assert torch.equal(scripted.decode(mu), lite.decode(mu))
+        assert torch.equal(mu, network.encode(x)[0]) and torch.equal(sigma, network.encode(x)[1])
+        assert torch.equal(scripted.decode(mu), network.decode(mu))
 
 
 def test_scripted_network_in_training_mode_returns_one_tensor():
     """A network scripted in training mode, as some exporters do, still gives one tensor."""
-    assert torch.is_tensor(torch.jit.script(BrainVAE(**TINY).train())(image()))
+    for arguments in (TINY, SMALL):
+        assert torch.is_tensor(torch.jit.script(BrainVAE(**arguments).train())(image()))
 
 
 def test_checkpointing_changes_no_gradient():

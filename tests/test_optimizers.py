@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
+from conftest import TINY_VAE
 from scripts.networks import BrainVAE
 from scripts.optimizers import MuonAdamW, orthogonalize
 
@@ -18,8 +19,8 @@ from scripts.optimizers import MuonAdamW, orthogonalize
 def network() -> nn.Sequential:
     """First, hidden and last convolution, a 1x1x1 convolution and a norm, on (B, 1, D, H, W)."""
     torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Conv3d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv3d(8, 6, 3, padding=1)]
-    layers += [nn.GroupNorm(2, 6), nn.Conv3d(6, 6, 1), nn.SiLU(), nn.Conv3d(6, 1, 3, padding=1)]
+    layers: list[nn.Module] = [nn.Conv3d(1, 20, 3, padding=1), nn.SiLU(), nn.Conv3d(20, 16, 3, padding=1)]
+    layers += [nn.GroupNorm(2, 16), nn.Conv3d(16, 16, 1), nn.SiLU(), nn.Conv3d(16, 1, 3, padding=1)]
     return nn.Sequential(*layers)
 
 
@@ -108,13 +109,11 @@ def test_groups():
 
 def test_groups_of_the_autoencoder():
     """In the VAE neither the convolutions at the image nor those at the latent are Muon's; the folded ones are."""
-    vae = BrainVAE(3, 1, 1, channels=(8, 16), num_res_blocks=(1, 1), attention_levels=(False, False),
-                   latent_channels=4, norm_num_groups=4, with_encoder_nonlocal_attn=False,
-                   with_decoder_nonlocal_attn=False)  # fmt: skip
+    vae = BrainVAE(**{**TINY_VAE, "channels": [16, 32]})
     names = {id(p): name for name, p in vae.named_parameters()}
     muon, adamw = ({names[id(p)] for p in group["params"]} for group in MuonAdamW(vae).param_groups)
     assert muon | adamw == set(names.values()) and not muon & adamw
-    assert all(min(vae.get_parameter(name).shape[:2]) > 4 for name in muon)
+    assert all(min(vae.get_parameter(name).shape[:2]) >= 16 for name in muon)
     assert any("postconv" in name for name in muon)
 
 

@@ -1,10 +1,11 @@
-"""Encode and decode: `BrainVAE` against MONAI's class with the same weights, and against other networks, in one run.
+"""Encode and decode: `BrainVAE` against MONAI's plain networks, in one run.
 
     python benchmarks/bench_inference.py [--volume scan.nii.gz] [--ways "fp32,bf16"] [--repeats 2] [--calls 2]
 
-Each way runs in fresh processes (see `fresh_process`). Printed: the ratio of the time of MONAI's `AutoencoderKL` as it
-is (fp32, contiguous) to each way's, for encoder and decoder; the process's peak memory; and for ways with our weights
-the largest difference of mu and of the volume from that plain result. The networks of others have random weights.
+Each way runs in fresh processes (see `fresh_process`). Printed: the ratio of the time of the original's network (Lite)
+in MONAI's `AutoencoderKL` as it is (fp32, contiguous) to each way's, for encoder and decoder; the process's peak
+memory; and for ways of one network the largest difference of mu and of the volume from its plain result, fp32 in
+contiguous memory. The networks of others have random weights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fresh_process import arguments, measure, run_in_turns, time_key
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.networks import BrainVAE, load_weights  # noqa: E402
 
 MODEL_SPACE = (112, 136, 112)  # voxels
-PLAIN = "MONAI fp32"
+PLAIN = "Lite, MONAI's class"
 NO_ATTENTION = {"with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False}
 BRATS = {  # as in the model zoo's brats_mri_generative_diffusion
     "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 8, "channels": [64, 128, 256],
@@ -45,9 +46,17 @@ def arguments_of(*configs: str) -> dict[str, Any]:
     return {key: value for key, value in definition.items() if key != "_target_"}
 
 
-def lite(cls: type[nn.Module], weights: str) -> nn.Module:
-    """The Lite network of one class, with the bundle's weights."""
-    return load_weights(cls(**arguments_of("inference.json")), weights)
+def lite(cls: type[nn.Module]) -> nn.Module:
+    """The Lite network in one class."""
+    given = arguments_of("inference.json", "lite.json")
+    if cls is AutoencoderKL:
+        given = {key: value for key, value in given.items() if key not in ("wavelet", "norm")}
+    return load_weights(cls(**given), ROOT / "models" / "lite.safetensors")
+
+
+def default() -> nn.Module:
+    """The bundle's network."""
+    return load_weights(BrainVAE(**arguments_of("inference.json")), ROOT / "models" / "model.pt")
 
 
 def maisi() -> nn.Module:
@@ -58,24 +67,33 @@ def maisi() -> nn.Module:
 
 def brlp() -> nn.Module:
     """BrLP's network in MONAI's class."""
-    return AutoencoderKL(**arguments_of("inference.json", "brlp.json"))
+    given = arguments_of("inference.json", "brlp.json")
+    return AutoencoderKL(**{key: value for key, value in given.items() if key not in ("wavelet", "norm")})
 
 
-# name: network of the weights' path, memory format, autocast to bf16, whether it is compiled
-Way = tuple[Callable[[str], nn.Module], torch.memory_format, bool, bool]
-CHANNELS_LAST, CONTIGUOUS = torch.channels_last_3d, torch.contiguous_format
-WAYS: dict[str, Way] = {
-    PLAIN: (lambda weights: lite(AutoencoderKL, weights), CONTIGUOUS, False, False),
-    "MONAI fp32 channels-last": (lambda weights: lite(AutoencoderKL, weights), CHANNELS_LAST, False, False),
-    "fp32 contiguous": (lambda weights: lite(BrainVAE, weights), CONTIGUOUS, False, False),
-    "fp32": (lambda weights: lite(BrainVAE, weights), CHANNELS_LAST, False, False),
-    "bf16": (lambda weights: lite(BrainVAE, weights), CHANNELS_LAST, True, False),
-    "fp32 compiled": (lambda weights: lite(BrainVAE, weights), CHANNELS_LAST, False, True),
-    "BrLP's network": (lambda _: brlp(), CONTIGUOUS, False, False),
-    "BraTS bundle's network": (lambda _: AutoencoderKL(**BRATS), CONTIGUOUS, False, False),
-    "MAISI's network": (lambda _: maisi(), CONTIGUOUS, False, False),
+class Way(NamedTuple):
+    """A network, how it computes, and the way from which its results may differ by rounding alone."""
+
+    build: Callable[[], nn.Module]
+    memory_format: torch.memory_format = torch.contiguous_format
+    half: bool = False
+    compiled: bool = False
+    reference: str = ""
+
+
+CHANNELS_LAST = torch.channels_last_3d
+WAYS = {
+    PLAIN: Way(lambda: lite(AutoencoderKL)),
+    "Lite, fp32": Way(lambda: lite(BrainVAE), reference=PLAIN),
+    "Lite, bf16": Way(lambda: lite(BrainVAE), CHANNELS_LAST, half=True, reference=PLAIN),
+    "fp32 contiguous": Way(default),
+    "fp32": Way(default, CHANNELS_LAST, reference="fp32 contiguous"),
+    "bf16": Way(default, CHANNELS_LAST, half=True, reference="fp32 contiguous"),
+    "fp32 compiled": Way(default, CHANNELS_LAST, compiled=True, reference="fp32 contiguous"),
+    "BrLP's network": Way(brlp),
+    "BraTS bundle's network": Way(lambda: AutoencoderKL(**BRATS)),
+    "MAISI's network": Way(maisi),
 }
-OURS = [name for name in WAYS if "network" not in name]
 
 
 def read_volume(path: str) -> Tensor:
@@ -89,13 +107,13 @@ def read_volume(path: str) -> Tensor:
 
 
 @torch.no_grad()
-def run(name: str, volume: Tensor, weights: str, calls: int, results: Path) -> dict[str, float]:
+def run(name: str, volume: Tensor, calls: int, results: Path) -> dict[str, float]:
     """One way, in this process: figures of encoder and decoder; mu and volume go to a file."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    build, memory_format, half, compiled = WAYS[name]
-    network = build(weights).eval().to(device=device, memory_format=memory_format)
+    way = WAYS[name]
+    network: Any = way.build().eval().to(device=device, memory_format=way.memory_format)
     encode, decode = network.encode, network.decode
-    if compiled:
+    if way.compiled:
         encode, decode = torch.compile(encode), torch.compile(decode)
     volume = volume.to(device)
     found: dict[str, Tensor] = {}
@@ -106,11 +124,8 @@ def run(name: str, volume: Tensor, weights: str, calls: int, results: Path) -> d
     def decoding() -> None:
         found["recon"] = decode(found["mu"])
 
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-        parts = {
-            part: measure(call, calls, call if compiled else None)
-            for part, call in (("encode", encoding), ("decode", decoding))
-        }
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=way.half):
+        parts = {part: measure(call, calls, call) for part, call in (("encode", encoding), ("decode", decoding))}
     torch.save({key: value.float().cpu() for key, value in found.items()}, results)
     figures = {f"{part} {key}": value for part, result in parts.items() for key, value in result.items()}
     total = {key: parts["encode"][key] + parts["decode"][key] for key in ("seconds", "cpu_seconds")}
@@ -121,13 +136,12 @@ def main() -> None:
     """Measure and print the table."""
     parser = arguments(__doc__ or "", calls=2)
     parser.add_argument("--volume", default="", help="NIfTI file; without it a synthetic volume")
-    parser.add_argument("--weights", default=str(ROOT / "models" / "model.pt"))
     parser.add_argument("--ways", default=",".join(name for name in WAYS if "compiled" not in name))
     parser.add_argument("--results", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.run:
-        figures = run(given.run, read_volume(given.volume), given.weights, given.calls, given.results)
+        figures = run(given.run, read_volume(given.volume), given.calls, given.results)
         print(json.dumps(figures))
         return
 
@@ -135,11 +149,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def options(name: str) -> Sequence[str]:
-            kept = ["--volume", given.volume, "--weights", given.weights, "--results", f"{folder}/{name}.pth"]
+            kept = ["--volume", given.volume, "--results", f"{folder}/{name}.pth"]
             return [*kept, "--calls", str(given.calls), "--threads", str(given.threads)]
 
         figures = run_in_turns(__file__, names, given.repeats, options)
-        tensors = {name: torch.load(f"{folder}/{name}.pth", weights_only=True) for name in names if name in OURS}
+        tensors = {name: torch.load(f"{folder}/{name}.pth", weights_only=True) for name in names}
 
     key = time_key(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads, {key}, best of {given.repeats} x {given.calls}")
@@ -149,8 +163,8 @@ def main() -> None:
         ratios = [figures[PLAIN][k] / figures[name][k] for k in (f"encode {key}", f"decode {key}", key)]
         cells = [f"{ratio:.2f}" for ratio in ratios] + [f"{figures[name]['process_gigabytes']:.2f}"]
         for part in ("mu", "recon"):
-            known = name in tensors
-            cells.append(f"{(tensors[name][part] - tensors[PLAIN][part]).abs().max():.1e}" if known else "")
+            plain = tensors.get(WAYS[name].reference)
+            cells.append(f"{(tensors[name][part] - plain[part]).abs().max():.1e}" if plain else "")
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -39,7 +39,7 @@ A default that begins with `$` is computed; `@` stands for another key. Values i
 OVERLAY_HEAD = """
 ## Overlays
 
-Config files that change only some values of a job: `--config_file "['configs/train.json','configs/recipe.json']"`.
+Config files that change only some values of a job: `--config_file "['configs/train.json','configs/finetune.json']"`.
 
 | file | what it sets |
 |---|---|

@@ -32,8 +32,8 @@ PAGE = ROOT / "docs" / "errors.md"
 SECTIONS = {
     "Command line and configs": ("arguments", "errors", "files", "output_folder", "distributed"),
     "Finding the scans": ("cohort", "cohort_forms", "demo", "datasets"),
-    "Weights and networks": ("networks", "lpips", "foreign_weights", "exported", "export", "streaming"),
-    "Preparing a scan": ("transforms", "source_grid"),
+    "Weights and networks": ("networks", "lpips", "foreign_weights", "exported", "export", "slabs"),
+    "Preparing a scan": ("transforms", "model_box", "source_grid"),
     "Training": ("samplers", "handlers", "checkpoints"),
     "Evaluating": ("comparison", "baselines"),
     "Latents: encoding, and reading them again": (

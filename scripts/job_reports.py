@@ -187,7 +187,7 @@ def training_report(output_dir: str, weights: str) -> None:
     if not path.is_file():
         return
     frame = pd.read_csv(path)
-    facts = {"epochs": str(len(frame)), **_origin(), "command": command_line()}
+    facts = {"epochs": str(frame["epoch"].max()), **_origin(), "command": command_line()}
     if Path(weights).is_file():
         facts["weights"] = f"sha256 {file_sha256(weights)}"
     report = Report("Training", facts)
@@ -199,7 +199,8 @@ def training_report(output_dir: str, weights: str) -> None:
             report.add_charts(
                 title, curve_charts(frame, "epoch", columns), "docs/tensorboard.md says how to read them."
             )
-    report.add_table("All epochs", frame, better={"val_l1": False})
+    measured = frame.astype(object).where(frame.notna(), None)  # the start has no loss, most epochs no validation
+    report.add_table("All epochs", measured, better={"val_l1": False})
     report.write(Path(output_dir) / FILE_NAME)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from scripts.engines import computes_bf16_fast
 from scripts.errors import InputError
 
 __all__ = ["MuonAdamW", "orthogonalize"]
@@ -53,7 +54,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         network: the network to train.
-        lr: relative step of the hidden convolutions.
+        lr: relative step of the hidden convolutions, those with 16 channels or more on both sides.
         adam_lr: learning rate of AdamW for the rest.
         momentum: momentum of Muon.
         betas: AdamW's betas.
@@ -111,7 +112,10 @@ class MuonAdamW(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].mul_(group["momentum"]).add_(grad)
-        direction = orthogonalize((grad + group["momentum"] * momentum).flatten(1)).view_as(weight)
+        matrix = (grad + group["momentum"] * momentum).flatten(1)
+        # The iterations are made to bear bf16, and their result is rescaled: its rounding is far below a step's noise.
+        dtype = torch.bfloat16 if computes_bf16_fast(weight.device) else weight.dtype
+        direction = orthogonalize(matrix.to(dtype)).to(weight.dtype).view_as(weight)
         weight.add_(direction, alpha=-group["lr"] * float(weight.norm() / (direction.norm() + 1e-12)))
 
     @staticmethod

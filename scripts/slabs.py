@@ -28,7 +28,8 @@ __all__ = ["SlabVAE", "in_slabs"]
 
 Slab = Tensor | None  # (B, C, d, H, W), neighbours along D; None where a layer has too few planes yet
 Layer = Callable[[Slab, bool], Slab]  # of the next slab, and whether it is the last, which may be None
-NEED_THE_WHOLE = {
+SLABWISE = (PositionResBlock, AEKLDownsample, FoldedUpsample, Convolution, Pointwise, nn.Identity)
+OTHERS = {
     AEKLResBlock: "group normalisation", nn.GroupNorm: "group normalisation", SpatialAttentionBlock: "attention",
     UpSample: "use_convtranspose",
 }  # fmt: skip
@@ -64,7 +65,8 @@ class SlabVAE(BrainVAE):
         nn.Module.__init__(self)
         vars(self).update(vars(network))
         self.slab, self.above = slab, above
-        self.stride = 2 ** (len(network.encoder.channels) - 1 + network.wavelet)  # image voxels a latent voxel
+        encoder: Any = network.encoder
+        self.stride = 2 ** (len(encoder.channels) - 1 + network.wavelet)  # image voxels along a latent voxel
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `BrainVAE.encode`.
@@ -98,14 +100,13 @@ class SlabVAE(BrainVAE):
         sides = [int(side) for side in size]
         if math.prod(sides) <= self.above:
             return True
-        blocks = [block for part in (self.encoder, self.decoder) for block in part.blocks]
-        reasons = {reason for kind, reason in NEED_THE_WHOLE.items() for block in blocks if isinstance(block, kind)}
-        if len(sides) != 3:
-            reasons = {"two dimensions"}
-        if reasons:
+        parts: tuple[Any, ...] = (self.encoder, self.decoder)
+        blocks = [block for part in parts for block in part.blocks]
+        needs = {OTHERS.get(type(block), type(block).__name__) for block in blocks if not isinstance(block, SLABWISE)}
+        if needs:
             raise InputError(
                 f"{' x '.join(map(str, sides))} voxels are more than 'whole_voxels' ({self.above}), and a network with "
-                f"{' and '.join(sorted(reasons))} takes no slabs; raise whole_voxels if the volume fits into memory."
+                f"{' and '.join(sorted(needs))} takes no slabs; raise whole_voxels if the volume fits into memory."
             )
         return False
 
@@ -151,8 +152,8 @@ class _Residual:
         self.waiting: Slab = None
 
     def __call__(self, slab: Slab, last: bool) -> Slab:
-        known = [planes for planes in (self.waiting, slab) if planes is not None]
-        self.waiting = torch.cat(known, dim=2) if len(known) == 2 else known[0] if known else None
+        if slab is not None:
+            self.waiting = slab if self.waiting is None else torch.cat([self.waiting, slab], dim=2)
         for layer in self.layers:
             slab = layer(slab, last)
         if slab is None or self.waiting is None:
@@ -167,26 +168,27 @@ def _layer(block: Any) -> Layer:
     if isinstance(block, PositionResBlock):
         return _Residual(block)
     if isinstance(block, AEKLDownsample):
-        conv = block.conv.conv
+        conv: Any = block.conv.conv
         return _Kernel(lambda x: F.conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight, conv.bias, stride=2), step=2, before=0)
     if isinstance(block, FoldedUpsample):
         kernel, bias = block.kernel(), block.postconv.conv.bias
         # Of the 2n + 6 planes that n + 2 planes give, three at each end lack a neighbour: padding takes them off.
         return _Kernel(lambda x: F.conv_transpose3d(x, kernel, bias, stride=2, padding=(3, 1, 1)))
     if isinstance(block, Convolution):
-        return _Kernel(lambda x: F.conv3d(x, block.conv.weight, block.conv.bias, padding=(0, 1, 1)))
+        conv = block.conv
+        return _Kernel(lambda x: F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1)))
     return _by_itself(block)
 
 
 def _by_itself(compute: Callable[[Tensor], Tensor]) -> Layer:
-    """A layer that needs no neighbours of a plane, or finds them in the same slab."""
+    """A layer that needs no neighbours of a plane; or pairs of planes, which slabs of the image never part."""
     return lambda slab, last: None if slab is None else compute(slab)
 
 
 def _through(layers: Sequence[Layer], slabs: Iterable[Tensor]) -> Iterator[Tensor]:
     """What comes out of the last layer, slab by slab.
 
-    The layers end one after the other: if all ended with the last slab, what each has kept would make it twice as thick.
+    The layers end one after the other: if all ended with the last slab, what they have kept would make it thicker.
     """
     for slab in slabs:
         yield from _after(layers, slab)

@@ -9,18 +9,18 @@ from scripts.arguments import check_device, check_size, refuse_unknown_keys
 from scripts.errors import InputError
 
 TRAIN = "configs/train.json"
-RECIPE = "['configs/train.json', 'configs/recipe.json']"
+MAISI = "['configs/train.json', 'configs/maisi.json']"
 GOOD = [
     ["run", "--config_file", TRAIN, "--epochs", "3"],
     ["run", "training", f"--config_file={TRAIN}", "--train#trainer#max_epochs=3"],
-    ["run", "--config_file", RECIPE, "--warmup_steps", "3", "--meta_file", "configs/metadata.json"],
+    ["run", "--config_file", MAISI, "--nonlocal_attention", "True", "--meta_file", "configs/metadata.json"],
     ["run", "--config_file", TRAIN, "--train::trainer::max_epochs", "3"],
     ["verify_net_in_out", "--config_file", TRAIN, "--nonsense", "1"],
     [],
 ]
 BAD = [
     (["run", "--config_file", TRAIN, "--epoch", "3"], "did you mean --epochs"),
-    (["run", "--config_file", TRAIN, "--warmup_steps", "3"], "no key 'warmup_steps'"),
+    (["run", "--config_file", TRAIN, "--nonlocal_attention", "True"], "no key 'nonlocal_attention'"),
     (["run", "--config_file", TRAIN, "--train#trainer#max_epoch=3"], "no key 'train#trainer#max_epoch'"),
 ]
 BAD_SIZES = [[30, 32, 32], [32, 32], [0, 32, 32], [32.0, 32, 32]]
@@ -52,5 +52,5 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 def test_a_size_that_the_network_cannot_code_is_refused(size: list) -> None:
     """Sides are multiples of 4."""
     check_size([112, 136, 112], "spatial_size")
-    with pytest.raises(InputError, match="roi_size"):
-        check_size(size, "roi_size")
+    with pytest.raises(InputError, match="crop_size"):
+        check_size(size, "crop_size")

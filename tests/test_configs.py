@@ -23,7 +23,7 @@ ORDER = ["imports", "bundle_root", "network_def", "network", "preprocessing", "i
 SAME_BLOCKS = ["network_def", "memory_format", "preprocessing", "device", "spacing", "spatial_size", "channels_last"]
 SAME_IN_EVALUATION = ["cohort", "scans", "val_fraction", "test_fraction", "label", "checks"]
 RESUMED_FILES = ["model.pt", "model_final.pt"]
-TINY_TRAINING = [*TINY_NETWORK, "--batch_size", "2", "--device", "cpu"]
+TINY_TRAINING = [*TINY_NETWORK, "--crop_size", "32", "--batch_size", "2", "--device", "cpu"]
 THREE_LEVELS = ["--network_def#channels", "[8, 8, 16]", "--network_def#norm_num_groups", "8"]
 
 
@@ -145,7 +145,7 @@ def test_a_used_folder_is_not_overwritten(run_bundle: Run, bids: Path, trained: 
         (("finetune",), ["--balanced", "True", "--label", "group"]),
         ((), ["--amp", "True", "--clip_norm", "1", "--num_workers", "2", "--perceptual_weight", "0.1"]),
         ((), ["--crop_size", "None", "--channels_last", "False", "--augment", "False"]),
-        ((), ["--crop_size", "16", "--crops_per_scan", "2"]),
+        ((), ["--crop_size", "16", "--crops_per_scan", "2", "--perceptual_weight", "0"]),
     ],
     ids=["lite", "maisi", "low_memory", "finetune-balanced", "bf16", "whole", "crops"],
 )

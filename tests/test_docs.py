@@ -33,14 +33,15 @@ PAGES = [
 ]  # fmt: skip
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
-OVERLAYS = ["finetune", "recipe"]
+OVERLAYS = ["finetune", "lite"]
+SIZES = ("channels", "num_res_blocks")
 # Arguments of `monai.bundle run` itself, and keys that its `--tracking` adds.
 NOT_KEYS = {
     "config_file", "logging_file", "meta_file", "run_id", "tracking", "tracking_uri", "experiment_name", "run_name",
 }  # fmt: skip
 FOLDER = "/path/to/brain_t1_vae"
 TINY_PAGES = {  # what the first bundle command of a page gets besides the tiny network
-    "train": ["--epochs", "1", "--perceptual_weight", "0"],
+    "train": ["--epochs", "1", "--val_interval", "1", "--perceptual_weight", "0"],
     "evaluate": [],
     "inference": ["--save_model_space", "True"],
 }
@@ -153,29 +154,28 @@ def test_the_table_of_keys_is_the_config(job: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_table_of_overlays_is_the_files(name: str) -> None:
-    """What finetune.json and recipe.json set, less the blocks."""
+    """What finetune.json and lite.json set, less the blocks."""
     content = json.loads((ROOT / "configs" / f"{name}.json").read_text())
     expected = {key: value for key, value in content.items() if "#" not in key and not isinstance(value, dict)}
     column = 1 + OVERLAYS.index(name)
-    table = rows("train", "| key | `finetune.json` | `recipe.json` |")
+    table = rows("train", "| key | `finetune.json` | `lite.json` |")
     assert {code(row[0]): json.loads(code(row[column])) for row in table if row[column]} == expected
 
 
 def test_the_table_of_sizes_is_the_networks() -> None:
-    """Channels, blocks, groups and parameters of both sizes; weights of the loss."""
+    """Channels, blocks and parameters of all sizes; weights of both losses."""
     table = rows("network_and_loss", "| size |")
-    for (_, _, *sizes, n_parameters), overlays in zip(table, ([], ["maisi"]), strict=True):
+    for (_, _, *sizes, n_parameters), overlays in zip(table, ([], ["lite"], ["maisi"]), strict=True):
         parser = ConfigParser()
         parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", *overlays)])
-        keys = ("channels", "num_res_blocks", "norm_num_groups")
-        assert [json.loads(code(cell)) for cell in sizes] == [parser[f"network_def#{key}"] for key in keys]
+        assert [json.loads(code(cell)) for cell in sizes] == [parser["network_def"][key] for key in SIZES]
         network = parser.get_parsed_content("network_def")
         assert f"{sum(parameter.numel() for parameter in network.parameters()):,}" == n_parameters
-    for column, overlays in ((2, []), (3, ["recipe"])):
+    for column, overlays in ((2, []), (3, ["lite"])):
         parser = ConfigParser()
         parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", *overlays)])
         weights = [json.loads(code(row[column])) for row in rows("network_and_loss", "| term |")]
-        assert weights == [parser[f"{term}_weight"] for term in ("recon", "mse", "kl", "perceptual")]
+        assert weights == [parser[f"{term}_weight"] for term in ("recon", "mse", "kl", "perceptual", "equivariance")]
 
 
 def test_the_table_of_criteria_is_the_check() -> None:
@@ -298,7 +298,7 @@ def test_training_leaves_what_the_page_says(trained: Path) -> None:
     """The files of train.md, all of them, and the columns of metrics.csv, less those of terms that are switched off."""
     assert {path.name for path in trained.iterdir()} == _named_files("train")
     columns = [code(row[0]) for row in rows("train", "| column | unit | meaning |")]
-    switched_on = [column for column in columns if column not in ("mse", "lpips")]
+    switched_on = [column for column in columns if column != "lpips"]
     assert switched_on == list(pd.read_csv(trained / "metrics.csv"))
 
 

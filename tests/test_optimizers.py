@@ -83,8 +83,10 @@ def test_muon_step_is_a_share_of_the_weights_norm(gradient_scale):
         assert (hidden - before).norm().item() == pytest.approx(0.03 * before.norm().item(), rel=1e-3)
 
 
-def test_muon_follows_nesterov_momentum():
-    """The second step's direction is the orthogonalised G2 + m (m G1 + G2)."""
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 2e-3)])
+def test_muon_follows_nesterov_momentum(bf16, tolerance, monkeypatch):
+    """The second step's direction is the orthogonalised G2 + m (m G1 + G2); bf16 turns it by less than 4 degrees."""
+    monkeypatch.setattr("scripts.optimizers.computes_bf16_fast", lambda device: bf16)
     model = network()
     hidden, momentum = model[2].weight, 0.9
     optimizer = MuonAdamW(model, lr=0.01, momentum=momentum)
@@ -95,7 +97,7 @@ def test_muon_follows_nesterov_momentum():
         optimizer.step()
     expected = orthogonalize((gradients[1] + momentum * (momentum * gradients[0] + gradients[1])).flatten(1)).flatten()
     step = (before - hidden.detach()).flatten()
-    assert torch.cosine_similarity(step, expected, dim=0).item() == pytest.approx(1, abs=1e-4)
+    assert torch.cosine_similarity(step, expected, dim=0).item() == pytest.approx(1, abs=tolerance)
 
 
 def test_groups():

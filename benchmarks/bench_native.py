@@ -1,6 +1,6 @@
 """Volumes in slabs against the plain network: time a voxel, memory, and the largest difference.
 
-    python benchmarks/bench_native.py [--slab 4] [--sizes 184x220x184 256x312x256] [--threads 1]
+    python benchmarks/bench_native.py [--slab 2] [--sizes 184x220x184 256x312x256] [--threads 1]
 
 The plain network computes the volume of model space, 112 x 136 x 112 voxels; the others would be large for it. Volumes
 are noise and weights random: neither time nor memory depends on them. Each runs in fresh processes (see

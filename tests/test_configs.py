@@ -144,7 +144,7 @@ def test_a_used_folder_is_not_overwritten(run_bundle: Run, bids: Path, trained: 
         (("low_memory",), []),
         (("finetune",), ["--balanced", "True", "--label", "group"]),
         ((), ["--amp", "True", "--clip_norm", "1", "--num_workers", "2", "--perceptual_weight", "0.1"]),
-        ((), ["--crop_size", "None", "--channels_last", "False", "--augment", "False"]),
+        ((), ["--crop_size", "0", "--channels_last", "False", "--augment", "False"]),
         ((), ["--crop_size", "16", "--crops_per_scan", "2", "--perceptual_weight", "0"]),
     ],
     ids=["lite", "maisi", "low_memory", "finetune-balanced", "bf16", "whole", "crops"],

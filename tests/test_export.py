@@ -28,8 +28,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {
     "network_def#channels": [4, 8], "spatial_size": [32, 36, 32], "spacing": 4.0,
 }  # fmt: skip
+LITE = {
+    "wavelet": False, "norm": "group", "channels": [4, 8, 8], "num_res_blocks": [1, 1, 1], "norm_num_groups": 4,
+    "attention_levels": [False] * 3,
+}  # fmt: skip
 ATTENTION = {
-    "attention_levels": [False, False, True], "with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True,
+    **LITE, "attention_levels": [False, False, True], "with_encoder_nonlocal_attn": True,
+    "with_decoder_nonlocal_attn": True,
 }  # fmt: skip
 FORMATS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "ts": (torchscript, load_torchscript),
@@ -84,16 +89,26 @@ def test_a_file_computes_what_the_network_does(
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_attention_is_exported(tmp_path: Path, ending: str) -> None:
-    """What cannot be scripted is traced, and takes other sizes all the same."""
+@pytest.mark.parametrize("arguments", [LITE, ATTENTION], ids=["lite", "attention"])
+def test_other_networks_are_exported(tmp_path: Path, ending: str, arguments: dict[str, Any]) -> None:
+    """Group normalisation, and attention, which cannot be scripted and is traced, take other sizes all the same."""
     torch.manual_seed(0)
-    network = BrainVAE(**{**TINY_VAE, **ATTENTION}).eval()
-    torch.save(network.state_dict(), tmp_path / "attention.pt")
+    network = BrainVAE(**{**TINY_VAE, **arguments}).eval()
+    torch.save(network.state_dict(), tmp_path / "other.pt")
     save, load = FORMATS[ending]
-    save(str(tmp_path / "attention.pt"), str(tmp_path), "whole", config_files(tmp_path, **ATTENTION))
+    save(str(tmp_path / "other.pt"), str(tmp_path), "whole", config_files(tmp_path, **arguments))
     given, (pred,) = expected(network, "whole", torch.rand(SHAPES[1]))
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / f"model.{ending}")(given), pred, rtol=0, atol=1e-4)
+
+
+def test_a_traced_part_holds_no_other_parts_weights(tmp_path: Path) -> None:
+    """Encoder and decoder apart are together no larger than the whole."""
+    torch.manual_seed(0)
+    torch.save(BrainVAE(**{**TINY_VAE, **ATTENTION}).state_dict(), tmp_path / "other.pt")
+    torchscript(str(tmp_path / "other.pt"), str(tmp_path), config_file=config_files(tmp_path, **ATTENTION))
+    whole, *parts = (len(load_torchscript(tmp_path / f"{STEMS[part]}.ts", part).state_dict()) for part in STEMS)
+    assert sum(parts) <= whole + 6, "the 1x1x1 convolutions between them may be in both"
 
 
 def test_the_staged_group_norm_is_torchs() -> None:
@@ -105,10 +120,12 @@ def test_the_staged_group_norm_is_torchs() -> None:
     torch.testing.assert_close(StagedGroupNorm(norm)(x), norm(x), rtol=0, atol=1e-5)
 
 
-def test_onnxruntime_sums_no_long_rows(files: Path) -> None:
+def test_onnxruntime_sums_no_long_rows(tmp_path: Path) -> None:
     """No norm is left to the runtime: its own is off by a thousandth for millions of voxels."""
     package = pytest.importorskip("onnx")
-    kinds = {node.op_type for node in package.load(files / "model.onnx").graph.node}
+    torch.save(BrainVAE(**{**TINY_VAE, **LITE}).state_dict(), tmp_path / "lite.pt")
+    onnx(str(tmp_path / "lite.pt"), str(tmp_path), "encoder", config_files(tmp_path, **LITE))
+    kinds = {node.op_type for node in package.load(tmp_path / "encoder.onnx").graph.node}
     assert "ReduceMean" in kinds and not any("Normalization" in kind for kind in kinds)
 
 
@@ -238,7 +255,7 @@ def plain(run_bundle: Run, scan: Path, weights: Path, tmp_path_factory: pytest.T
     return reconstruct(run_bundle, scan, tmp_path_factory.mktemp("plain"), "", weights, *TINY_JOB)
 
 
-VOLUME = TINY_JOB[4:]  # size, spacing and device; the file knows its own channels
+VOLUME = TINY_JOB[2:]  # size, spacing and device; the file knows its own channels
 
 
 @pytest.mark.parametrize(("overlay", "tolerance"), OVERLAYS.items())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 __all__ = ["FoldedUpsample", "Pointwise", "PositionNorm", "PositionResBlock", "haar", "inverse_haar"]
 
-CHUNK = 2**16  # values; a quarter of a megabyte in float32, so that the temporaries of a chunk stay in the second-level cache
+CHUNK = 2**16  # values, 0.25 MB in float32: the temporaries of a chunk stay in the second-level cache
 
 
 def haar(image: Tensor) -> Tensor:

@@ -5,8 +5,9 @@
         --config_file "['configs/inference.json','configs/brlp.json']"
 
 `original` is a checkpoint of the system that this bundle follows, whose network is that of `configs/lite.json`:
-`{"vae_state_dict": ...}` with MONAI's encoder and decoder, `conv_mean` and `conv_var` (log variance) as 1x1x1 convolutions between them, and no convolution after the
-latent. `generative` is an `AutoencoderKL` of MONAI Generative, such as BrLP's. Nothing in a file is run.
+`{"vae_state_dict": ...}` with MONAI's encoder and decoder, `conv_mean` and `conv_var` (log variance) as 1x1x1
+convolutions between them, and no convolution after the latent. `generative` is an `AutoencoderKL` of MONAI Generative,
+such as BrLP's. Nothing in a file is run.
 """
 
 from __future__ import annotations

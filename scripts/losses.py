@@ -44,7 +44,7 @@ def kl_divergence(mu: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 class ScaleEquivariance:
     """How far the decoder is from giving a half-size image for a half-size latent.
 
-    mean |D(P z) - P x| with P the mean over 2 x 2 x 2 values, D the decoder, z one sample of the posterior, x the image.
+    mean |D(P z) - P x| with P the mean over 2 x 2 x 2 values, D the decoder, z a sample of the posterior, x the image.
     It keeps power out of the latent's finest frequencies, which a diffusion model would have to learn.
 
     Args:

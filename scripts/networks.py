@@ -92,9 +92,10 @@ class BrainVAE(AutoencoderKL):
                 elif norm == "position" and isinstance(child, nn.GroupNorm) and not isinstance(module, AEKLResBlock):
                     setattr(module, name, nn.Identity())
         if norm == "position":  # the linear path begins without detours
-            for pointwise in (self.quant_conv_mu, self.post_quant_conv):
-                nn.init.dirac_(pointwise.conv.weight)
-                nn.init.zeros_(pointwise.conv.bias)
+            for name in ("quant_conv_mu.conv", "post_quant_conv.conv"):
+                pointwise: Any = self.get_submodule(name)
+                nn.init.dirac_(pointwise.weight)
+                nn.init.zeros_(pointwise.bias)
 
     @torch.jit.export
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

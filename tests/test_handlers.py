@@ -152,7 +152,7 @@ def test_average_starts_from_loaded_weights():
 
 
 def test_start_is_validated_as_epoch_0(tmp_path):
-    """Before the first step, from the EMA; its row comes first, without what only steps have; a resumed run skips it."""
+    """Before the first step; its row comes first, without what only steps have; a resumed run skips it."""
     seen = []
     run = build(2, lambda run: [StartValidation(run.evaluator), *log_of(run, tmp_path)])
     run.evaluator.add_event_handler(
@@ -173,19 +173,18 @@ def test_start_is_validated_as_epoch_0(tmp_path):
 
 # start, and the epochs of four that have the term
 @pytest.mark.parametrize(("start", "expected"), [(0.0, [1, 2, 3, 4]), (0.5, [3, 4]), (0.6, [3, 4]), (1.0, [])])
-def test_perceptual_term_joins_later(start, expected):
+@pytest.mark.parametrize("first", [0, 3])
+def test_perceptual_term_joins_later(first, start, expected):
     """Epochs after the given share have its weight, those before have none, also where a run is resumed in between."""
-    for first in (0, 3):
-        run = build(4, lambda run: [])
-        run.loss.weights["lpips"] = 0.5
-        PerceptualStart(run.loss, start).attach(run.trainer)
-        weights = {}
-        run.trainer.state.epoch, run.trainer.state.iteration = first, first * STEPS
-        run.trainer.add_event_handler(
-            Events.EPOCH_STARTED, lambda engine: weights.update({engine.state.epoch: run.loss.weights["lpips"]})
-        )
-        run.trainer.run()
-        assert weights == {epoch: 0.5 if epoch in expected else 0.0 for epoch in range(first + 1, 5)}
+    run, weights = build(4), {}
+    run.loss.weights["lpips"] = 0.5
+    PerceptualStart(run.loss, start).attach(run.trainer)
+    run.trainer.state.epoch, run.trainer.state.iteration = first, first * STEPS
+    run.trainer.add_event_handler(
+        Events.EPOCH_STARTED, lambda engine: weights.update({engine.state.epoch: run.loss.weights["lpips"]})
+    )
+    run.trainer.run()
+    assert weights == {epoch: 0.5 if epoch in expected else 0.0 for epoch in range(first + 1, 5)}
 
 
 @pytest.mark.parametrize("start", [-0.1, 1.1])

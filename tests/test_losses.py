@@ -161,7 +161,7 @@ def test_gradient_reaches_every_output():
     assert all(leaf.grad.abs().sum() > 0 for leaf in leaves)
 
 
-@pytest.mark.parametrize("name", ["recon_weight", "mse_weight", "kl_weight", "perceptual_weight", "equivariance_weight"])
+@pytest.mark.parametrize("name", [f"{term}_weight" for term in ("recon", "mse", "kl", "perceptual", "equivariance")])
 def test_negative_weight_is_refused(name):
     """A negative weight would reward the error."""
     with pytest.raises(ValueError, match="must not be negative, got -1"):

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from conftest import TINY_VAE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
-from conftest import TINY_VAE
 from scripts.networks import BrainVAE
 from scripts.optimizers import MuonAdamW, orthogonalize
 

@@ -20,7 +20,15 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from scripts.errors import InputError
 from scripts.preflight import MOST_VOXELS, SPACING_MM
 
-__all__ = ["check_count", "check_device", "check_size", "check_spacing", "read_keys", "refuse_unknown_keys"]
+__all__ = [
+    "check_count",
+    "check_crop",
+    "check_device",
+    "check_size",
+    "check_spacing",
+    "read_keys",
+    "refuse_unknown_keys",
+]
 
 LATENT_STRIDE = 4
 RUN_KEYS = tuple(inspect.signature(run).parameters)  # of `monai.bundle run` itself
@@ -117,6 +125,24 @@ def check_size(size: Sequence[int], key: str) -> None:
         raise InputError(f"'{key}' is {size!r}; give three positive multiples of {LATENT_STRIDE}.")
     if math.prod(sides) > MOST_VOXELS:
         raise InputError(f"'{key}' is {size!r}, more than {round(MOST_VOXELS ** (1 / 3))} cubed; give smaller sides.")
+
+
+def check_crop(side: int, spatial_size: Sequence[int]) -> None:
+    """Make sure that cubes of this side can be cut out of every volume.
+
+    Args:
+        side: in voxels; 0 for whole volumes.
+        spatial_size: the volumes' sides.
+
+    Raises:
+        InputError: not 0, and no positive multiple of 4 within the smallest side; turned crops have to stay equal.
+    """
+    whole = not isinstance(side, bool) and isinstance(side, int) and side % LATENT_STRIDE == 0
+    if not whole or not 0 <= side <= min(spatial_size):
+        raise InputError(
+            f"'crop_size' is {side!r}; give a multiple of {LATENT_STRIDE} up to the smallest side of 'spatial_size' "
+            f"({min(spatial_size)}), or 0 for whole volumes."
+        )
 
 
 def check_spacing(spacing: float, key: str = "spacing") -> None:

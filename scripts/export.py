@@ -45,7 +45,6 @@ OUTPUTS = {"whole": ["pred"], "encoder": ["mu", "logvar"], "decoder": ["pred"]}
 TOLERANCE = 1e-4  # fp32, absolute, on images in [0, 1]; other kernels than torch's sum in another order
 OPSET = 18  # the lowest that torch's exporter writes
 EXAMPLE_SIDE, EXAMPLE_LATENT_SIDE = 32, 8  # what tracing sees; nothing in the graph depends on it
-Tensors = dict[str, torch.Tensor]
 
 
 class _Part(nn.Module):
@@ -126,10 +125,9 @@ class _Export:
                 raise InputError(f"{file} does not exist; check the path, and start in the bundle's folder.")
         parser = ConfigParser()
         parser.read_config(self.files)
-        self.network = load_weights(parser.get_parsed_content("network_def"), weights).eval()
-        self.traced = not isinstance(self.network, BrainVAE) or any(
-            isinstance(module, SpatialAttentionBlock) for module in self.network.modules()
-        )
+        self.network: Any = load_weights(parser.get_parsed_content("network_def"), weights).eval()
+        attention = any(isinstance(module, SpatialAttentionBlock) for module in self.network.modules())
+        self.traced = attention or not isinstance(self.network, BrainVAE)
         self.metadata = json.loads(METADATA.read_text(encoding="utf-8"))
         self.about = {
             "bundle_version": self.metadata["version"],
@@ -139,17 +137,16 @@ class _Export:
         }
         self.tensors = self._reference(parser, scan)
 
-    def _reference(self, parser: ConfigParser, scan: str) -> Tensors:
+    def _reference(self, parser: ConfigParser, scan: str) -> dict[str, torch.Tensor]:
         """A volume, and what the plain network makes of it: image, latent, mu, logvar, pred."""
         if scan:
             image = parser.get_parsed_content("preprocessing")({"image": scan})["image"].as_tensor()[None]
         else:
             shape = (1, parser["network_def#in_channels"], *parser["spatial_size"])
             image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        network: Any = self.network
         with torch.no_grad():
-            mu, sigma = network.encode(image)
-            pred = network.decode(mu)
+            mu, sigma = self.network.encode(image)
+            pred = self.network.decode(mu)
         return {"image": image, "latent": mu, "mu": mu, "logvar": 2 * sigma.log(), "pred": pred}
 
     def example(self, part: str, batch: int) -> torch.Tensor:
@@ -162,8 +159,8 @@ class _Export:
         with torch.no_grad():
             result = exported(self.tensors[INPUT[part]])
         outputs = [result] if torch.is_tensor(result) else list(result)
-        pairs = zip(OUTPUTS[part], outputs, strict=True)
-        return max(float((self.tensors[name] - output).abs().max()) for name, output in pairs)
+        references = [self.tensors[name] for name in OUTPUTS[part]]
+        return max(float((a - b).abs().max()) for a, b in zip(references, outputs, strict=True))
 
     def write(self, part: str, path: Path, save: Callable[[Path], None], load: Callable[[Path], Any]) -> None:
         """Save, load again, compare, and only then give the file its name.
@@ -233,7 +230,7 @@ def _write_parts(export: _Export, output_dir: str, ending: str, save: Callable, 
 
 def _save_torchscript(export: _Export, part: str, file: Path) -> None:
     # Scripted, the whole keeps the methods encode and decode.
-    network: Any = export.network
+    network = export.network
     if export.traced:
         # `torch.jit.trace` also scripts every `torch.jit.export` method it meets, and attention cannot be scripted.
         network = copy.copy(network)

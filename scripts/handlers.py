@@ -168,12 +168,13 @@ class PerceptualStart:
     Args:
         loss: the loss; its weight of `lpips` is that of the later epochs.
         start: share of the epochs after which the term joins, 0 (from the first on) to 1 (never).
+        epochs: of the whole run, also where it ends earlier and is resumed.
     """
 
-    def __init__(self, loss: VAELoss, start: float) -> None:
+    def __init__(self, loss: VAELoss, start: float, epochs: int) -> None:
         if not 0 <= start <= 1:
             raise InputError(f"'perceptual_start' is {start}; give a share of the epochs, 0 to 1.")
-        self.loss, self.start = loss, start
+        self.loss, self.first = loss, start * epochs
         self.weight = loss.weights["lpips"]
 
     def attach(self, engine: Engine) -> None:
@@ -182,8 +183,7 @@ class PerceptualStart:
 
     def __call__(self, engine: Engine) -> None:
         """Set the weight of the epoch that starts."""
-        has_begun = engine.state.epoch > self.start * engine.state.max_epochs
-        self.loss.weights["lpips"] = self.weight if has_begun else 0.0
+        self.loss.weights["lpips"] = self.weight if engine.state.epoch > self.first else 0.0
 
 
 class LossBar:

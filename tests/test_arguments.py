@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from scripts.arguments import check_device, check_size, refuse_unknown_keys
+from scripts.arguments import check_crop, check_device, check_size, refuse_unknown_keys
 from scripts.errors import InputError
 
 TRAIN = "configs/train.json"
@@ -23,6 +23,7 @@ BAD = [
     (["run", "--config_file", TRAIN, "--nonlocal_attention", "True"], "no key 'nonlocal_attention'"),
     (["run", "--config_file", TRAIN, "--train#trainer#max_epoch=3"], "no key 'train#trainer#max_epoch'"),
 ]
+BAD_CROPS = [30, 116, -4, 64.0, None, True]
 BAD_SIZES = [[30, 32, 32], [32, 32], [0, 32, 32], [32.0, 32, 32]]
 
 
@@ -52,5 +53,14 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 def test_a_size_that_the_network_cannot_code_is_refused(size: list) -> None:
     """Sides are multiples of 4."""
     check_size([112, 136, 112], "spatial_size")
-    with pytest.raises(InputError, match="crop_size"):
-        check_size(size, "crop_size")
+    with pytest.raises(InputError, match="spatial_size"):
+        check_size(size, "spatial_size")
+
+
+@pytest.mark.parametrize("side", BAD_CROPS)
+def test_a_crop_that_is_no_cube_of_every_volume_is_refused(side: object) -> None:
+    """Up to the smallest side, 112; 0 is for whole volumes."""
+    for good in (0, 4, 64, 112):
+        check_crop(good, [112, 136, 112])
+    with pytest.raises(InputError, match="'crop_size' is .* smallest side of 'spatial_size' \\(112\\)"):
+        check_crop(side, [112, 136, 112])

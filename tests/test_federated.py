@@ -35,7 +35,7 @@ State = Mapping[str, torch.Tensor]
 NVFLARE = os.environ.get("NVFLARE_PYTHON", "")
 TINY = {
     "network_def#channels": [4, 8], "spatial_size": [32, 36, 32], "spacing": 4.0,
-    "perceptual_weight": 0.0, "batch_size": 1,
+    "perceptual_weight": 0.0, "batch_size": 1, "amp": False,
 }  # fmt: skip
 SITES = {
     "site-1": (2, 1),
@@ -180,9 +180,9 @@ def served(study: Path, weights: Path) -> StandInServer:
 def test_monai_algo_trains_evaluates_and_returns_weights(
     study: Path, weights: Path, plain: Path, served: StandInServer, tmp_path: Path
 ) -> None:
-    """MONAI's class alone, with one key changed: a round of one epoch is an epoch of `monai.bundle run`, to the bit."""
+    """MONAI's class alone, told the number of rounds: a round of one epoch is one of `monai.bundle run`, to the bit."""
     settings = {**TINY, "dataset_dir": str(study / "site-2.csv"), "device": "cpu", "output_dir": str(tmp_path)}
-    settings["validate#handlers#0#_disabled_"] = True
+    settings |= {"epochs": ROUNDS, "validate#handlers#0#_disabled_": True}
     algo = MonaiAlgo(
         str(ROOT), send_weight_diff=False, train_kwargs=settings, config_evaluate_filename="configs/train.json",
         eval_kwargs={**settings, "writer#log_dir": str(tmp_path / "global")},

@@ -178,7 +178,7 @@ def test_perceptual_term_joins_later(first, start, expected):
     """Epochs after the given share have its weight, those before have none, also where a run is resumed in between."""
     run, weights = build(4), {}
     run.loss.weights["lpips"] = 0.5
-    PerceptualStart(run.loss, start).attach(run.trainer)
+    PerceptualStart(run.loss, start, 4).attach(run.trainer)
     run.trainer.state.epoch, run.trainer.state.iteration = first, first * STEPS
     run.trainer.add_event_handler(
         Events.EPOCH_STARTED, lambda engine: weights.update({engine.state.epoch: run.loss.weights["lpips"]})
@@ -191,7 +191,7 @@ def test_perceptual_term_joins_later(first, start, expected):
 def test_perceptual_start_out_of_range_is_refused(start):
     """The config's key is named."""
     with pytest.raises(InputError, match="'perceptual_start' is"):
-        PerceptualStart(VAELoss(), start)
+        PerceptualStart(VAELoss(), start, 4)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5, math.nan])

@@ -133,9 +133,10 @@ class VAELoss(nn.Module):
         recon, mu, sigma = output
         with torch.autocast(recon.device.type, enabled=False):
             recon, target = recon.float(), target.float()
-            terms = {"l1": F.l1_loss(recon, target), "kl": kl_divergence(mu, sigma)}
+            terms = {"l1": F.l1_loss(recon, target)}
             if self.weights["mse"] > 0:
                 terms["mse"] = F.mse_loss(recon, target)
+            terms["kl"] = kl_divergence(mu, sigma)
             if self.perceptual is not None and self.weights["lpips"] > 0:
                 terms["lpips"] = self.perceptual(recon, target)
             if self.equivariance is not None and self.weights["equivariance"] > 0:

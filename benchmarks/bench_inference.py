@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.networks import BrainVAE, load_weights  # noqa: E402
 
 MODEL_SPACE = (112, 136, 112)  # voxels
-PLAIN = "Lite, MONAI's class"
+PLAIN = "Lite in MONAI's class"
 NO_ATTENTION = {"with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False}
 BRATS = {  # as in the model zoo's brats_mri_generative_diffusion
     "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 8, "channels": [64, 128, 256],
@@ -84,8 +84,8 @@ class Way(NamedTuple):
 CHANNELS_LAST = torch.channels_last_3d
 WAYS = {
     PLAIN: Way(lambda: lite(AutoencoderKL)),
-    "Lite, fp32": Way(lambda: lite(BrainVAE), reference=PLAIN),
-    "Lite, bf16": Way(lambda: lite(BrainVAE), CHANNELS_LAST, half=True, reference=PLAIN),
+    "Lite fp32": Way(lambda: lite(BrainVAE), reference=PLAIN),
+    "Lite bf16": Way(lambda: lite(BrainVAE), CHANNELS_LAST, half=True, reference=PLAIN),
     "fp32 contiguous": Way(default),
     "fp32": Way(default, CHANNELS_LAST, reference="fp32 contiguous"),
     "bf16": Way(default, CHANNELS_LAST, half=True, reference="fp32 contiguous"),

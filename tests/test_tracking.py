@@ -16,7 +16,8 @@ CURVES = {"train_loss", "val_psnr_brain", "val_psnr", "val_l1", "val_kl"}
 def training(request, run_bundle, bids, tmp_path_factory):
     """A run of two epochs, and what kept track of it."""
     output = tmp_path_factory.mktemp("tracked") / "train"
-    job = ["--dataset_dir", str(bids), "--epochs", "2", "--perceptual_weight", "0", "--output_dir", str(output)]
+    job = ["--dataset_dir", str(bids), "--epochs", "2", "--val_interval", "1", "--output_dir", str(output)]
+    job += ["--perceptual_weight", "0"]
     run_bundle("--config_file", "configs/train.json", *job, *TINY_JOB, "--tracking", request.param)
     return request.param, output, client(output)
 
@@ -32,11 +33,11 @@ def only_run(found):
 
 
 def test_training_leaves_its_curves(training):
-    """The loss a step, the validation an epoch, and the run is closed."""
+    """The loss a step, the validation of the start and an epoch, and the run is closed."""
     _, _, found = training
     run = only_run(found)
     assert set(run.data.metrics) >= CURVES and run.info.status == "FINISHED"
-    assert len(found.get_metric_history(run.info.run_id, "val_psnr_brain")) == 2
+    assert len(found.get_metric_history(run.info.run_id, "val_psnr_brain")) == 3
 
 
 def test_executed_config_is_kept(training):

@@ -71,7 +71,7 @@ def parser_of(way: Way) -> ConfigParser:
 def n_voxels(way: Way) -> int:
     """Of a step's images."""
     parser = parser_of(way)
-    side = parser["crop_size"]
+    side = parser.get_parsed_content("crop_size")
     return int(parser.get_parsed_content("batch_size")) * math.prod([side] * 3 if side else parser["spatial_size"])
 
 
@@ -98,7 +98,7 @@ def step_of(way: Way) -> Any:
     else:
         optimizer = parser.get_parsed_content("optimizer")
     network.train()
-    side = parser["crop_size"]
+    side: Any = parser.get_parsed_content("crop_size")
     size = [side] * 3 if side else parser["spatial_size"]
     images = torch.rand(parser.get_parsed_content("batch_size"), 1, *size)
 

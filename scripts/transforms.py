@@ -31,7 +31,6 @@ __all__ = [
     "ToModelSpace",
     "ToModelSpaced",
     "ZeroOutsided",
-    "coarse_size",
     "count_outside",
     "outside_model_space",
     "percentile_of",
@@ -215,20 +214,6 @@ def count_outside(source: torch.Tensor, outside: torch.Tensor) -> Outside:
     if source.shape != outside.shape:
         raise ValueError(f"source has shape {tuple(source.shape)}, outside has {tuple(outside.shape)}")
     return Outside(int(outside.sum()), int((outside & _foreground(source)).sum()))
-
-
-def coarse_size(spatial_size: Sequence[int], scale: float) -> list[int]:
-    """Grid for training at `scale` times the resolution, each side rounded up to a multiple of 4.
-
-    >>> coarse_size([112, 136, 112], 0.5)
-    [56, 68, 56]
-
-    Raises:
-        InputError: `scale` is not above 0 and at most 1.
-    """
-    if not 0 < scale <= 1:
-        raise InputError(f"'scale' is {scale!r}; give a number above 0 and at most 1 (1 is full resolution).")
-    return [4 * math.ceil(side * scale / 4 - 1e-9) for side in spatial_size]
 
 
 def percentile_of(volume: torch.Tensor, percentile: float) -> float:

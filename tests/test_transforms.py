@@ -21,7 +21,6 @@ from scripts.transforms import (
     ToModelSpace,
     ToModelSpaced,
     ZeroOutsided,
-    coarse_size,
     count_outside,
     outside_model_space,
     percentile_of,
@@ -275,28 +274,6 @@ def test_counting_needs_one_grid():
     """Source and mask of different shapes are a programming error."""
     with pytest.raises(ValueError, match="shape"):
         count_outside(torch.ones(1, 4, 4, 4), torch.ones(1, 4, 4, 5, dtype=torch.bool))
-
-
-@pytest.mark.parametrize(
-    ("size", "scale", "expected"),
-    [
-        ([112, 136, 112], 1.0, [112, 136, 112]),
-        ([112, 136, 112], 0.5, [56, 68, 56]),
-        ([112, 136, 112], 0.75, [84, 104, 84]),
-        ([112, 136, 112], 1 / 3, [40, 48, 40]),
-        ([60, 60, 60], 0.1, [8, 8, 8]),
-    ],
-)
-def test_coarse_sizes(size, scale, expected):
-    """Each side is the next multiple of 4."""
-    assert coarse_size(size, scale) == expected
-
-
-@pytest.mark.parametrize("scale", [0, -0.5, 1.01, float("nan")])
-def test_scale_out_of_range_is_refused(scale):
-    """A user's scale lies above 0 and at most at 1."""
-    with pytest.raises(InputError, match="scale"):
-        coarse_size([112, 136, 112], scale)
 
 
 @pytest.mark.skipif(not NATIVE.exists(), reason="needs ../shared/data")

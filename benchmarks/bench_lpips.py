@@ -37,7 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.lpips import DEFAULT_WEIGHTS, LPIPS3D  # noqa: E402
+from scripts.metrics import LPIPS3D  # noqa: E402
+from scripts.metrics.lpips import DEFAULT_WEIGHTS  # noqa: E402
 
 MODEL_SPACE = (112, 136, 112)  # voxels
 SMALL = (47, 56, 50)  # voxels, for double precision

@@ -20,8 +20,7 @@ from fresh_process import arguments, measure, run_in_turns, time_key
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.networks import BrainVAE  # noqa: E402
-from scripts.slabs import in_slabs  # noqa: E402
+from scripts.networks import BrainVAE, in_slabs  # noqa: E402
 
 CONFIG = json.loads((ROOT / "configs" / "inference.json").read_text(encoding="utf-8"))
 MODEL_SPACE = "x".join(map(str, CONFIG["spatial_size"]))

@@ -85,7 +85,7 @@ def main() -> None:
 
     names = [BARE, *given.names.split(",")]
     if not given.dataset_dir:
-        from scripts.demo import demo_cohort
+        from scripts.cohort.demo import demo_cohort
 
         demo_cohort()
     figures = run_in_turns(__file__, names, given.repeats, options)

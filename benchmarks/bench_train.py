@@ -26,7 +26,7 @@ from monai.networks.nets import AutoencoderKL
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.losses import VAELoss  # noqa: E402
+from scripts.training import VAELoss  # noqa: E402
 
 ORIGINAL = "original's step"
 LOADING = "loading"

@@ -30,12 +30,21 @@ from monai.networks.utils import convert_to_onnx, convert_to_torchscript
 from monai.utils import optional_import
 from torch import nn
 
-from scripts.blocks import FoldedUpsample
-from scripts.errors import InputError, report_input_errors
-from scripts.exported import OnnxNetwork, load_torchscript
-from scripts.files import file_sha256, replacing
-from scripts.networks import BrainVAE, load_weights
-from scripts.provenance import METADATA
+from scripts.networks import (
+    BrainVAE,
+    FoldedUpsample,
+    OnnxNetwork,
+    load_torchscript,
+    load_weights,
+    logvar_of,
+)
+from scripts.run import (
+    METADATA,
+    InputError,
+    file_sha256,
+    replacing,
+    report_input_errors,
+)
 
 __all__ = ["DecoderPart", "EncoderPart", "StagedGroupNorm", "WholePart", "onnx", "torchscript"]
 
@@ -66,7 +75,7 @@ class EncoderPart(_Part):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mu, sigma = self.network.encode(image)
-        return mu, 2 * sigma.log()
+        return mu, logvar_of(sigma)
 
 
 class DecoderPart(_Part):
@@ -147,7 +156,7 @@ class _Export:
         with torch.no_grad():
             mu, sigma = self.network.encode(image)
             pred = self.network.decode(mu)
-        return {"image": image, "latent": mu, "mu": mu, "logvar": 2 * sigma.log(), "pred": pred}
+        return {"image": image, "latent": mu, "mu": mu, "logvar": logvar_of(sigma), "pred": pred}
 
     def example(self, part: str, batch: int) -> torch.Tensor:
         """A small input."""

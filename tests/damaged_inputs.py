@@ -43,15 +43,20 @@ from conftest import ROOT, TINY_VAE, head
 from monai.bundle import ConfigParser, ConfigWorkflow
 from safetensors.torch import save, save_file
 
-from scripts.checkpoints import RunCheckpoint
-from scripts.cohort import read_cohort
-from scripts.errors import InputError
-from scripts.latent_inputs import list_latents, read_tensor
-from scripts.latent_scaling import LatentScaling
-from scripts.latents import read_header, read_manifest_latents, read_statistics, write_latent
+from scripts.cohort import check_cohort, read_cohort
+from scripts.latents import (
+    LatentScaling,
+    list_latents,
+    read_header,
+    read_manifest_latents,
+    read_statistics,
+    read_tensor,
+    write_latent,
+)
 from scripts.networks import BrainVAE, load_weights
-from scripts.preflight import check_cohort
-from scripts.source_grid import SourceGrid
+from scripts.run import InputError
+from scripts.training import RunCheckpoint
+from scripts.transforms import SourceGrid
 
 Make = Callable[[Path], Any]
 

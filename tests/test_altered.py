@@ -11,9 +11,9 @@ from conftest import write_scan
 from nibabel.affines import apply_affine, voxel_sizes
 from scipy.ndimage import center_of_mass
 
-from scripts.altered import alterations, copy_cohort
+from scripts.alter_cohort import alterations, copy_cohort
 from scripts.cohort import read_cohort
-from scripts.errors import InputError
+from scripts.run import InputError
 
 NOTHING = {"tilt_degrees": 0.0, "spacing": 4.0, "bias": 0.0, "gamma": 1.0}
 BAD = [{"spacing": 0.0}, {"gamma": 0.0}, {"gamma": float("nan")}, {"tilt_degrees": 120.0}, {"bias": 3.0}]

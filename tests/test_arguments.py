@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from scripts.arguments import check_crop, check_device, check_size, refuse_unknown_keys
-from scripts.errors import InputError
+from scripts.run import InputError, check_crop, check_device, check_size, refuse_unknown_keys
 
 TRAIN = "configs/train.json"
 MAISI = "['configs/train.json', 'configs/maisi.json']"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import Compose, RandFlipd, RandGibbsNoised, RandRicianNoised
 
-from scripts.augmentation import (
+from scripts.transforms import (
     KeepZeroBackgroundd,
     RandContrastCurved,
     RandThickSlicesd,

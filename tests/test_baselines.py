@@ -11,8 +11,8 @@ import torch
 from monai.data import MetaTensor
 from safetensors.torch import save_file
 
-from scripts.baselines import BASELINES, DCT, PatchPCA, Trilinear, latent_budget
-from scripts.errors import InputError
+from scripts.metrics import BASELINES, DCT, PatchPCA, Trilinear, latent_budget
+from scripts.run import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MODEL_SPACE = (112, 136, 112)

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from scripts.files import file_sha256
 from scripts.metrics import format_table
+from scripts.run import file_sha256
 
 CARD = ROOT / "docs" / "README.md"
 MEASURED = ROOT / "docs" / "evaluation"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.cases import Case, Cases
+from scripts.report import Case, Cases
 
 SPACING = (1.5, 1.5, 1.5)
 

@@ -17,15 +17,19 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from torch import nn
 
-from scripts.checkpoints import RunCheckpoint
-from scripts.engines import prepare_batch
-from scripts.errors import InputError, Interrupted
-from scripts.handlers import EpochSeed, GradientClip, StartValidation, WarmEMA
-from scripts.losses import VAELoss
 from scripts.metrics import VolumeMetric
-from scripts.networks import read_state_dict
-from scripts.optimizers import MuonAdamW
-from scripts.samplers import batch_sampler
+from scripts.networks import prepare_batch, read_state_dict
+from scripts.run import InputError, Interrupted
+from scripts.training import (
+    EpochSeed,
+    GradientClip,
+    MuonAdamW,
+    RunCheckpoint,
+    StartValidation,
+    VAELoss,
+    WarmEMA,
+    batch_sampler,
+)
 
 CPU = torch.device("cpu")
 STEPS = 3  # an epoch: six scans in batches of two
@@ -294,7 +298,7 @@ def test_other_number_of_processes(whole, tmp_path, scans, fits):
 
 def test_machines_that_do_not_share_the_folder_are_told(whole, monkeypatch):
     """One process has found a checkpoint that another has not."""
-    monkeypatch.setattr("scripts.checkpoints.gathered", lambda epoch: [epoch, 0])
+    monkeypatch.setattr("scripts.run.gathered", lambda epoch: [epoch, 0])
     with pytest.raises(InputError, match=r"different epochs \(4, 0\) in .*all machines must share 'output_dir'"):
         build(whole.folder).checkpoint.start(True)
 

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.cohort import read_cohort, scan_stem, select, split_of
-from scripts.cohort_forms import recognise
-from scripts.errors import InputError
+from scripts.cohort import read_cohort, recognise, scan_stem, select, split_of
+from scripts.run import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KEYS = ["image", "name", "subject", "session", "label", "split", "cohort"]
@@ -449,7 +448,7 @@ def test_order_is_the_same_whatever_the_disk_says(tmp_path, monkeypatch):
 
 def test_demo_cohort_where_nothing_is_given(monkeypatch, tmp_path):
     """An empty dataset_dir makes the demo cohort, of no more subjects than wanted."""
-    demo = pytest.importorskip("scripts.demo")
+    demo = pytest.importorskip("scripts.cohort.demo")
     asked = []
 
     def made(n_subjects=24):

@@ -7,12 +7,12 @@ import json
 import pytest
 from conftest import ROOT
 
-from scripts.command_help import JOBS, PAGE, job_keys, keys_page, show
-from scripts.errors import InputError
+from scripts.keys import JOBS, PAGE, job_keys, keys_page, show
+from scripts.run import InputError
 
 
 def test_the_page_is_current():
-    """After a change of a config or of a job's page: python -m scripts.command_help write."""
+    """After a change of a config or of a job's page: python -m scripts.keys write."""
     assert PAGE.read_text(encoding="utf-8") == keys_page()
 
 

@@ -15,12 +15,10 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, Orientationd, Spacingd
 from scipy import stats
 
-from scripts.comparison import PeerFolder, PeerWeights, paired_differences, read_peers
-from scripts.engines import AutocastInferer
-from scripts.errors import InputError
-from scripts.networks import BrainVAE
-from scripts.transforms import ScaleByPercentiled, ToModelSpaced
-from scripts.writers import write_nifti
+from scripts.metrics import PeerFolder, PeerWeights, paired_differences, read_peers
+from scripts.networks import AutocastInferer, BrainVAE
+from scripts.run import InputError
+from scripts.transforms import ScaleByPercentiled, ToModelSpaced, write_nifti
 
 INFERER = AutocastInferer(False, "cpu")
 SIZE = (32, 36, 32)

@@ -19,8 +19,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
 FIRST_KEYS = ["bundle_root", "dataset_dir", "output_dir", "device"]
-ORDER = ["imports", "bundle_root", "network_def", "network", "preprocessing", "inferer", "initialize", "run"]
-SAME_BLOCKS = ["network_def", "memory_format", "preprocessing", "device", "spacing", "spatial_size", "channels_last"]
+ORDER = ["bundle_root", "network_def", "network", "preprocessing", "inferer", "initialize", "run", "imports"]
+SAME_BLOCKS = ["network_def", "preprocessing", "device", "spacing", "spatial_size", "channels_last"]
 SAME_IN_EVALUATION = ["cohort", "scans", "val_fraction", "test_fraction", "label", "checks"]
 RESUMED_FILES = ["model.pt", "model_final.pt"]
 TINY_TRAINING = [*TINY_NETWORK, "--batch_size", "2", "--val_interval", "1", "--device", "cpu"]
@@ -52,8 +52,8 @@ def trained(run_bundle: Run, bids: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_begins_with_the_same_four_keys(job: str) -> None:
-    """After the imports stand bundle_root, dataset_dir, output_dir and device."""
-    assert list(config(job))[1:5] == FIRST_KEYS
+    """First stand bundle_root, dataset_dir, output_dir and device."""
+    assert list(config(job))[:4] == FIRST_KEYS
 
 
 @pytest.mark.parametrize("job", JOBS)

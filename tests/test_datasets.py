@@ -12,9 +12,8 @@ import torch
 from monai.data import CacheDataset, DataLoader, MetaTensor
 from monai.transforms import Compose, EnsureTyped, Lambdad, LoadImaged, RandGaussianNoised, ScaleIntensityd
 
-from scripts import datasets
-from scripts.datasets import cached_dataset, record_hash, transforms_hash
-from scripts.errors import InputError
+from scripts.cohort import cached_dataset, datasets, record_hash, transforms_hash
+from scripts.run import InputError
 from scripts.transforms import ScaleByPercentiled
 
 

@@ -15,10 +15,10 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
-from scripts import demo
-from scripts.demo import N_SUBJECTS, demo_cohort, demo_scan, participants
-from scripts.demo_templates import Templates, load_templates
-from scripts.errors import InputError
+from scripts.cohort import demo
+from scripts.cohort.demo import N_SUBJECTS, demo_cohort, demo_scan, participants
+from scripts.cohort.demo_anatomy import Templates, load_templates
+from scripts.run import InputError
 
 # Number, group and whether the scan is a whole head: all four kinds are among the first four subjects.
 KINDS = [(1, "control", False), (2, "patient", False), (3, "control", True), (4, "patient", True)]
@@ -254,5 +254,5 @@ def test_scan_number_is_checked(templates: Templates) -> None:
 
 def test_importing_is_light() -> None:
     """Listing a cohort needs neither torch nor nilearn."""
-    code = "import sys, scripts.demo; sys.exit(bool({'torch', 'nilearn'} & set(sys.modules)))"
+    code = "import sys, scripts.cohort.demo; sys.exit(bool({'torch', 'nilearn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

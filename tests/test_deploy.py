@@ -25,7 +25,7 @@ from nibabel.affines import from_matvec
 from nibabel.eulerangles import euler2mat
 
 from scripts.export import torchscript
-from scripts.exported import load_torchscript
+from scripts.networks import load_torchscript
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

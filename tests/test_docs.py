@@ -19,10 +19,8 @@ import pytest
 from conftest import ROOT, TINY_NETWORK, TINY_VAE, write_scan
 from monai.bundle import ConfigParser
 
-from scripts.cohort import read_cohort
-from scripts.cohort_forms import recognise
+from scripts.cohort import DATA_CRITERIA, HEADER_CRITERIA, read_cohort, recognise
 from scripts.latents import read_header
-from scripts.preflight import DATA_CRITERIA, HEADER_CRITERIA
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

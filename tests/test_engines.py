@@ -12,10 +12,9 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
-from scripts.engines import AutocastInferer, posterior_iteration, prepare_batch
-from scripts.errors import InputError
-from scripts.losses import VAELoss
-from scripts.networks import BrainVAE
+from scripts.networks import AutocastInferer, BrainVAE, posterior_iteration, prepare_batch
+from scripts.run import InputError
+from scripts.training import VAELoss
 
 CPU = torch.device("cpu")
 

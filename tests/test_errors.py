@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import interruptible
 
-from scripts.errors import InputError, as_flag
-from scripts.files import replacing
+from scripts.run import InputError, as_flag, replacing
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +65,7 @@ def end(body):
 
 def run_script(body: str) -> subprocess.CompletedProcess[str]:
     """Run a body in a new Python after `report_input_errors()`."""
-    code = f"from scripts.errors import InputError, report_input_errors\nreport_input_errors()\n{body}\n"
+    code = f"from scripts.run.errors import InputError, report_input_errors\nreport_input_errors()\n{body}\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120,
@@ -135,7 +134,7 @@ SWALLOWED = (
 )  # fmt: skip
 def test_an_interruption_is_one_line(body, code, line):
     """Ctrl-C, and what a handler of it raises; also while an error is handled, and where a library drops it."""
-    done = run_script(f"from scripts.errors import Interrupted\n{body}")
+    done = run_script(f"from scripts.run.errors import Interrupted\n{body}")
     assert (done.returncode, done.stderr.splitlines()) == (code, [line])
 
 

@@ -16,12 +16,10 @@ import torch
 from conftest import ROOT, TINY_JOB, TINY_VAE, make_weights, write_scan
 from monai.bundle import ConfigParser
 
-from scripts import export, exported
-from scripts.errors import InputError
+from scripts import export
 from scripts.export import StagedGroupNorm, onnx, torchscript
-from scripts.exported import OnnxNetwork, load_torchscript
-from scripts.files import file_sha256
-from scripts.networks import BrainVAE, load_weights
+from scripts.networks import BrainVAE, OnnxNetwork, exported, load_torchscript, load_weights
+from scripts.run import InputError, file_sha256
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -34,7 +34,7 @@ from fault_injection import (
 )
 from monai.data import Dataset, ThreadDataLoader
 
-from scripts.datasets import AheadLoader
+from scripts.cohort import AheadLoader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and looked at as Linux does")
 

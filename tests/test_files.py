@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from scripts.errors import InputError
-from scripts.files import file_sha256, remove_unfinished, replacing
+from scripts.run import InputError, file_sha256, remove_unfinished, replacing
 
 DIES = (
-    "import os, signal\nfrom scripts.files import replacing\n"
+    "import os, signal\nfrom scripts.run.files import replacing\n"
     "with replacing(os.environ['TARGET']) as temporary:\n"
     "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 )

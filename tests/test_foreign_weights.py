@@ -17,9 +17,9 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-from scripts.errors import InputError
-from scripts.foreign_weights import convert, from_generative, from_original
+from scripts.convert_weights import convert, from_generative, from_original
 from scripts.networks import BrainVAE, load_weights
+from scripts.run import InputError
 
 TINY_ORIGINAL = {
     **{key: value for key, value in TINY_VAE.items() if key not in ("wavelet", "norm")},
@@ -135,7 +135,7 @@ def test_mistakes_are_named(tmp_path, kind, message):
 
 
 def test_command_reports_a_mistake_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "scripts.foreign_weights", "convert", "--source", "none.pt", "--output", "x.pt"]
+    command = [sys.executable, "-m", "scripts.convert_weights", "convert", "--source", "none.pt", "--output", "x.pt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().startswith("error: none.pt does not exist")
 

@@ -19,21 +19,19 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
-from scripts.engines import prepare_batch
-from scripts.errors import InputError
-from scripts.handlers import (
+from scripts.jobs.train import TrainingLog
+from scripts.networks import prepare_batch
+from scripts.run import InputError, LossBar, ScanBar
+from scripts.training import (
     EpochSeed,
     GradientClip,
-    LossBar,
     PerceptualStart,
     PictureLog,
-    ScanBar,
     StartValidation,
-    TrainingLog,
+    VAELoss,
     WarmEMA,
+    batch_sampler,
 )
-from scripts.losses import VAELoss
-from scripts.samplers import batch_sampler
 
 CPU = torch.device("cpu")
 STEPS = 2  # an epoch: four scans in batches of two

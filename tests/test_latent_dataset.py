@@ -17,12 +17,21 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler, Scheduler
 from test_latents import HEADER
 
-from scripts.errors import InputError
-from scripts.latent_dataset import FirstStage, LatentDataset, latent_datalist
-from scripts.latent_scaling import LatentScaling, padded_shape
-from scripts.latent_statistics import LatentStatistics
-from scripts.latents import latent_path, manifest_entry, read_header, read_latent, write_latent
+from scripts.latents import (
+    FirstStage,
+    LatentDataset,
+    LatentScaling,
+    LatentStatistics,
+    latent_datalist,
+    latent_path,
+    manifest_entry,
+    padded_shape,
+    read_header,
+    read_latent,
+    write_latent,
+)
 from scripts.networks import BrainVAE
+from scripts.run import InputError
 
 SHAPE = (4, 4, 6, 4)  # its middle side halves only once, like 34
 STATISTICS = {

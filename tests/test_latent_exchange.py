@@ -10,10 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from scripts.errors import InputError
-from scripts.latent_dataset import LatentDataset
-from scripts.latent_exchange import export_folder, import_folder
-from scripts.original_latents import write_original
+from scripts.convert_latents import export_folder, import_folder, write_original
+from scripts.latents import LatentDataset
+from scripts.run import InputError
 
 SHAPE = (4, 2, 3, 2)
 
@@ -48,6 +47,6 @@ def test_a_used_folder_is_not_mixed(pickles: Path, tmp_path: Path) -> None:
 
 def test_the_command_reports_a_mistake_in_one_line(tmp_path: Path) -> None:
     """Exit code 2, no traceback."""
-    command = [sys.executable, "-m", "scripts.latent_exchange", "import_folder", str(tmp_path), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "scripts.convert_latents", "import_folder", str(tmp_path), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scripts.errors import InputError
-from scripts.latent_inputs import LoadLatentd, list_latents, read_tensor, to_raw
-from scripts.latent_scaling import LatentScaling
+from scripts.latents import LatentScaling, LoadLatentd, list_latents, read_tensor, to_raw
+from scripts.run import InputError
 
 SHAPE = [4, 4, 6, 4]
 PADDED = [4, 4, 8, 4]

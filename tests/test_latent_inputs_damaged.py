@@ -12,9 +12,8 @@ import torch
 from monai.transforms import CenterSpatialCrop, SpatialPad
 from safetensors.torch import save_file
 
-from scripts.errors import InputError
-from scripts.latent_inputs import list_latents, read_tensor, to_raw
-from scripts.latent_scaling import LatentScaling, padded_shape
+from scripts.latents import LatentScaling, list_latents, padded_shape, read_tensor, to_raw
+from scripts.run import InputError
 
 VALUES = np.random.default_rng(0).normal(size=(4, 6, 5, 3)).astype(np.float32)
 

@@ -17,9 +17,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_JOB, contents, encoding, make_weights, write_scan
 
-from scripts.latent_exchange import import_folder
+from scripts.convert_latents import import_folder, write_original
 from scripts.latents import ENDING, read_latent, read_statistics
-from scripts.original_latents import write_original
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

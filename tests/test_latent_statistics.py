@@ -12,9 +12,8 @@ import pytest
 import torch
 from test_latents import HEADER
 
-from scripts.latent_statistics import LatentStatistics
-from scripts.latent_writer import finish_folder
-from scripts.latents import latent_path, read_manifest, write_latent
+from scripts.jobs.encode import finish_folder
+from scripts.latents import LatentStatistics, latent_path, read_manifest, write_latent
 
 CASES = {  # volumes, shape, type
     "one volume": (1, (4, 2, 3, 2), torch.float32),

@@ -13,7 +13,6 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.errors import InputError
 from scripts.latents import (
     ENDING,
     latent_files,
@@ -26,6 +25,7 @@ from scripts.latents import (
     read_statistics,
     write_latent,
 )
+from scripts.run import InputError
 
 HEADER = {
     "name": "sub-01_T1w", "subject": "sub-01", "session": "", "label": "0", "split": "train", "dtype": "float32",

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, TINY_JOB, head
 
 from scripts.cohort import read_cohort
-from scripts.latent_inputs import list_latents
+from scripts.latents import list_latents
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ MOST_SECONDS = 20.0  # to list a folder, with room for slow disks
 # Beside LPIPS, which keeps nothing between volumes, everything else of a tiny evaluation is a trifle of its time.
 WITHOUT_LPIPS = {"perceptual": "$torch.nn.MSELoss()"}
 CHECK = (
-    "import sys; from scripts.cohort import read_cohort; from scripts.preflight import check_cohort; "
+    "import sys; from scripts.cohort import read_cohort; from scripts.cohort.preflight import check_cohort; "
     "check_cohort(read_cohort(sys.argv[1]), report_dir=sys.argv[2])"
 )
 

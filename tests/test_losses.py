@@ -12,8 +12,9 @@ from torch import nn
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
 
-from scripts.engines import AutocastInferer
-from scripts.losses import ScaleEquivariance, VAELoss, kl_divergence
+from scripts.networks import AutocastInferer
+from scripts.networks.posterior import kl_divergence
+from scripts.training import ScaleEquivariance, VAELoss
 
 EXTREME_SIGMAS = [0.0, 1e-45, 1e-20, 1e20, 3e38, math.inf]
 # weights by argument, terms that are computed and logged

@@ -20,8 +20,9 @@ from monai.data import MetaTensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scripts.errors import InputError
-from scripts.lpips import DEFAULT_WEIGHTS, LPIPS3D, MIN_SIDE
+from scripts.metrics import LPIPS3D, MIN_SIDE
+from scripts.metrics.lpips import DEFAULT_WEIGHTS
+from scripts.run import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -15,8 +15,9 @@ from monai.handlers import IgniteMetricHandler, from_engine
 from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from torch.distributions import Normal, kl_divergence
 
-from scripts.latent_statistics import ActiveUnits, kl_per_value
+from scripts.latents import ActiveUnits
 from scripts.metrics import VolumeMetric, format_table, reconstruction_metrics, summarise
+from scripts.networks.posterior import kl_per_value
 
 SIZE = (12, 14, 13)  # SSIM's window is 11
 VOLUME_COLUMNS = ["l1", "psnr", "psnr_brain", "ssim"]

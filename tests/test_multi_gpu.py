@@ -29,7 +29,8 @@ from monai.bundle import ConfigParser
 from test_checkpoints import tensors
 from torch.nn.parallel import DistributedDataParallel
 
-from scripts.distributed import (
+from scripts.run import (
+    InputError,
     data_parallel,
     gathered,
     hold_others,
@@ -40,8 +41,7 @@ from scripts.distributed import (
     share_of_rank,
     stop_processes,
 )
-from scripts.errors import InputError
-from scripts.optimizers import MuonAdamW
+from scripts.training import MuonAdamW
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -18,10 +18,19 @@ from monai.networks.nets import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
-from scripts.blocks import FoldedUpsample, PositionNorm, PositionResBlock, haar, inverse_haar
-from scripts.errors import InputError
-from scripts.losses import VAELoss
-from scripts.networks import BrainVAE, load_weights, read_state_dict, start_deterministic
+from scripts.networks import (
+    BrainVAE,
+    FoldedUpsample,
+    PositionNorm,
+    PositionResBlock,
+    haar,
+    inverse_haar,
+    load_weights,
+    read_state_dict,
+    start_deterministic,
+)
+from scripts.run import InputError
+from scripts.training import VAELoss
 
 ROOT = Path(__file__).parents[1]
 

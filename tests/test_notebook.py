@@ -25,7 +25,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from PIL import Image
 
-from scripts.files import file_sha256
+from scripts.run import file_sha256
 
 NOTEBOOK = ROOT / "docs" / "visualize_recon.ipynb"
 N_PICTURES = 6  # a reconstruction of each of three scans, the latent, the way between two subjects, samples

@@ -13,7 +13,7 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from scripts.networks import BrainVAE
-from scripts.optimizers import MuonAdamW, orthogonalize
+from scripts.training import MuonAdamW, orthogonalize
 
 
 def network() -> nn.Sequential:
@@ -86,7 +86,7 @@ def test_muon_step_is_a_share_of_the_weights_norm(gradient_scale):
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 2e-3)])
 def test_muon_follows_nesterov_momentum(bf16, tolerance, monkeypatch):
     """The second step's direction is the orthogonalised G2 + m (m G1 + G2); bf16 turns it by less than 4 degrees."""
-    monkeypatch.setattr("scripts.optimizers.computes_bf16_fast", lambda device: bf16)
+    monkeypatch.setattr("scripts.networks.computes_bf16_fast", lambda device: bf16)
     model = network()
     hidden, momentum = model[2].weight, 0.9
     optimizer = MuonAdamW(model, lr=0.01, momentum=momentum)

@@ -12,16 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, interruptible
 
-from scripts.errors import InputError
-from scripts.output_folder import claim_folder, share_folder
+from scripts.run import InputError, claim_folder, share_folder
 
 pytest.importorskip("fcntl")
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
 HOLDS = (
-    "import os, sys, time\nfrom scripts.output_folder import claim_folder, share_folder\n"
-    "from scripts.errors import report_input_errors\nreport_input_errors()\n{body}(sys.argv[1])\n"
+    "import os, sys, time\nfrom scripts.run.output_folder import claim_folder, share_folder\n"
+    "from scripts.run.errors import report_input_errors\nreport_input_errors()\n{body}(sys.argv[1])\n"
     "print('holds', flush=True)\ntime.sleep(100)\n"
 )
 

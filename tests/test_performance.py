@@ -21,8 +21,8 @@ from monai.networks.blocks import UpSample
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
-from scripts.blocks import FoldedUpsample, PositionNorm
-from scripts.lpips import LPIPS3D
+from scripts.metrics import LPIPS3D
+from scripts.networks import FoldedUpsample, PositionNorm
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from bench_lpips import slice_loop  # noqa: E402
@@ -38,7 +38,7 @@ MOST_START = 1.8  # processor's time from the command to the report of a tiny sc
 LEAST_MEMORY = 1.5  # added to the peak by LPIPS of all slices of an axis at once, that of LPIPS3D being 1
 PEAK_OF_LPIPS = """
 import json, sys, torch
-from scripts.lpips import LPIPS3D
+from scripts.metrics.lpips import LPIPS3D
 lpips = LPIPS3D(**json.loads(sys.argv[1]))
 pair = [torch.rand(1, 1, 96, 96, 96) for _ in range(2)]
 pair[0].requires_grad_()

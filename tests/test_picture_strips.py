@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scripts.picture_strips import volume_strip
-from scripts.pictures import figure_to_array
+from scripts.report import figure_to_array, volume_strip
 
 SHAPE = (28, 34, 28)
 

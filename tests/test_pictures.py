@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from scripts.errors import InputError
-from scripts.pictures import figure_to_array, mosaic, recon_panel, save_png, to_ras
+from scripts.report import figure_to_array, mosaic, recon_panel, save_png, to_ras
+from scripts.run import InputError
 
 SHAPE = (30, 40, 36)  # three different edges, so that a swapped axis shows
 # Corner of the volume towards R, A, S (1) or L, P, I (0); then, for each row of the panel, the half of the picture in
@@ -235,5 +235,5 @@ def test_to_ras_undoes_any_storage(order: list[int], signs: tuple[int, ...]) -> 
 
 def test_pyplot_is_never_imported() -> None:
     """Threads and notebooks keep their own global state."""
-    code = "import sys, scripts.pictures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, scripts.report.pictures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

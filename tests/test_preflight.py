@@ -12,10 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts import preflight
-from scripts.cohort import read_cohort
-from scripts.errors import InputError
-from scripts.preflight import check_cohort, check_scan
+from scripts.cohort import check_cohort, check_scan, preflight, read_cohort
+from scripts.run import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SIDE = 40  # voxels of 2.5 mm: 100 mm, the least work that passes

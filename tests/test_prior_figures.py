@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import head
 
-from scripts.errors import InputError
-from scripts.prior_figures import VolumeSet, compare, nearest_among, nearest_neighbours, split_half
+from scripts.metrics import VolumeSet, compare, nearest_among, nearest_neighbours, split_half
+from scripts.run import InputError
 
 
 def volumes(n: int, brightness: float = 1.0, noise: float = 0.0, first: int = 0) -> VolumeSet:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.errors import InputError
-from scripts.priors import GaussianPrior, LowRankPrior, Prior, StandardPrior, fit_prior, interpolate, load_prior
+from scripts.latents import GaussianPrior, LowRankPrior, Prior, StandardPrior, fit_prior, interpolate, load_prior
+from scripts.run import InputError
 
 SHAPE = (2, 2, 3, 2)
 N = 60

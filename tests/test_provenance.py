@@ -13,8 +13,7 @@ import torch
 from conftest import TINY_JOB, contents
 from ignite.engine import Engine
 
-from scripts.files import file_sha256
-from scripts.provenance import RunRecord, bundle_version, config_sha256
+from scripts.run import RunRecord, bundle_version, config_sha256, file_sha256
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SEED = 7

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from scripts import report
-from scripts.report import CEILING, Report, _digits, quantised
+from scripts.report import CEILING, Report, quantised
+from scripts.report import page as report
+from scripts.report.page import _digits
 
 VOLUME = np.linspace(0, 1, 8 * 9 * 7, dtype=np.float32).reshape(8, 9, 7)
 NASTY = ["</script><script>alert(1)</script>", "<b>&amp;", "'\"", "sub-01\u2028é"]

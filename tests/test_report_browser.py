@@ -15,10 +15,13 @@ import pandas as pd
 import pytest
 from conftest import head
 
-from scripts.cases import Case
-from scripts.comparison import paired_differences
-from scripts.job_reports import decoding_report, encoding_report, evaluation_report, training_report
-from scripts.latent_statistics import LatentStatistics
+from scripts.jobs.decode import decoding_report
+from scripts.jobs.encode import encoding_report
+from scripts.jobs.evaluate import evaluation_report
+from scripts.jobs.train import training_report
+from scripts.latents import LatentStatistics
+from scripts.metrics import paired_differences
+from scripts.report import Case
 
 webdriver = pytest.importorskip("selenium.webdriver")
 pytestmark = pytest.mark.skipif(

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scripts.report_charts import INK, cumulative_charts, curve_charts, distribution_charts
+from scripts.report import cumulative_charts, curve_charts, distribution_charts
+from scripts.report.charts import INK
 
 N = 12
 FRAME = pd.DataFrame(

@@ -25,19 +25,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY_JOB, head, make_weights
 from PIL import Image
+from scripts.GONE_original_latents import read_original
 from torch import nn
 
-from scripts.cohort import read_cohort
-from scripts.datasets import DiskCacheDataset
-from scripts.errors import InputError
-from scripts.foreign_weights import convert
-from scripts.latent_inputs import read_tensor
-from scripts.latents import read_latent
-from scripts.lpips import LPIPS3D
+from scripts.cohort import DiskCacheDataset, read_cohort
+from scripts.convert_weights import convert
+from scripts.latents import load_prior, read_latent, read_tensor
+from scripts.metrics import LPIPS3D
 from scripts.networks import load_weights
-from scripts.original_latents import read_original
-from scripts.priors import load_prior
-from scripts.provenance import command_line
+from scripts.run import InputError, command_line
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

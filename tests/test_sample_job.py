@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, TINY_JOB, make_weights
 from monai.bundle import ConfigParser
 
-from scripts.errors import InputError
+from scripts.run import InputError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from scripts.errors import InputError
-from scripts.samplers import BalancedBatchSampler, ShuffledBatchSampler, batch_sampler
+from scripts.run import InputError
+from scripts.training import BalancedBatchSampler, ShuffledBatchSampler, batch_sampler
 
 LABELS = ["depr"] * 7 + ["control"] * 3 + ["depr"] * 2  # 9 and 3, not in blocks
 

@@ -19,11 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scripts import blocks
-from scripts.errors import InputError
-from scripts.model_box import ToModelBoxd
-from scripts.networks import BrainVAE
-from scripts.slabs import in_slabs
+from scripts.networks import BrainVAE, blocks, in_slabs
+from scripts.run import InputError
+from scripts.transforms import ToModelBoxd
 
 THREE_LEVELS = {"channels": [4, 8, 8], "num_res_blocks": [2, 1, 2], "attention_levels": [False] * 3}
 GROUP = {"norm": "group", "norm_num_groups": 4}

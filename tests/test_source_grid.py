@@ -14,9 +14,8 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Invertd
 
-from scripts.errors import InputError
-from scripts.source_grid import SourceGrid
-from scripts.transforms import outside_model_space
+from scripts.run import InputError
+from scripts.transforms import SourceGrid, outside_model_space
 
 AFFINES = {  # voxel to world, without the origin
     "LAS": np.diag([-4.0, 4, 4]),

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import GaussianSmooth
 
-from scripts.spectrum import BIN, MeanSpectra, radial_power
+from scripts.metrics import MeanSpectra, radial_power
+from scripts.metrics.spectrum import BIN
 
 SPACING = (1.5, 1.5, 1.5)
 SHAPE = (1, 48, 56, 48)

@@ -22,11 +22,11 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts.engines import AutocastInferer, posterior_iteration, prepare_batch
-from scripts.latent_statistics import LatentStatistics
+from scripts.latents import LatentStatistics
 from scripts.metrics import VolumeMetric
-from scripts.networks import BrainVAE
-from scripts.training_board import LAYOUT, LatentLog, RunBoard, latent_scalars
+from scripts.networks import AutocastInferer, BrainVAE, posterior_iteration, prepare_batch
+from scripts.training import LatentLog, RunBoard, latent_scalars
+from scripts.training.tensorboard import LAYOUT
 
 CPU = torch.device("cpu")
 CHANNELS = range(4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd, Spacingd
 
-from scripts.errors import InputError
+from scripts.run import InputError
 from scripts.transforms import (
     FACTOR_KEY,
     ScaleByPercentile,

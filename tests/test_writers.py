@@ -21,11 +21,11 @@ from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose, CopyItemsd, Invertd, LoadImaged, Orientationd, Spacingd
 from torch import nn
 
-from scripts.baselines import DCT, PatchPCA, Trilinear
-from scripts.engines import AutocastInferer, posterior_iteration, prepare_batch
-from scripts.evaluation_writer import EvaluationWriter
-from scripts.transforms import ScaleByPercentiled, ToModelSpaced, ZeroOutsided
-from scripts.writers import ReconstructionWriter, write_nifti
+from scripts.jobs.evaluate import EvaluationWriter
+from scripts.jobs.inference import ReconstructionWriter
+from scripts.metrics import DCT, PatchPCA, Trilinear
+from scripts.networks import AutocastInferer, posterior_iteration, prepare_batch
+from scripts.transforms import ScaleByPercentiled, ToModelSpaced, ZeroOutsided, write_nifti
 
 CPU = torch.device("cpu")
 SIZE = (48, 48, 48)  # at 4 mm: 192 mm

@@ -26,10 +26,9 @@ from monai.deploy.operators import (
 from monai.transforms import LoadImage
 from pydicom.pixels import apply_presentation_lut, apply_rescale
 
-from scripts.cohort_forms import scan_stem
-from scripts.errors import InputError, report_input_errors
-from scripts.preflight import check_scan
-from scripts.writers import plain_volume, write_nifti
+from scripts.cohort import check_scan, scan_stem
+from scripts.run import InputError, report_input_errors
+from scripts.transforms import plain_volume, write_nifti
 
 MR_SERIES = '{"selections": [{"name": "MR", "conditions": {"Modality": "^MR$"}}]}'
 EVEN_MM = 0.01  # positions in DICOM are decimal texts, often of two or three digits

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -118,14 +119,72 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run of a job that many tests look at: its folder, and what it printed."""
+
+    folder: Path
+    console: str
+
+
+RunBundle = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="session")
-def encoded(
-    run_bundle: Callable[..., subprocess.CompletedProcess[str]],
-    bids: Path,
-    weights: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def start_job(run_bundle: RunBundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
+    """Start a job on the tiny network, in a folder of its own."""
+
+    def start(name: str, *arguments: str) -> Job:
+        folder = tmp_path_factory.mktemp(name) / "output"
+        done = run_bundle(
+            "--config_file", f"configs/{name}.json", "--output_dir", str(folder), *TINY_JOB, *arguments
+        )  # fmt: skip
+        return Job(folder, done.stdout + done.stderr)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def trained(start_job: Callable[..., Job], bids: Path) -> Job:
+    """Four epochs of training, with LPIPS in the last two."""
+    return start_job(
+        "train", "--dataset_dir", str(bids), "--epochs", "4", "--batch_size", "2", "--val_interval", "1"
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def evaluated(start_job: Callable[..., Job], bids: Path, weights: Path) -> Job:
+    """An evaluation of the cohort's two validation scans."""
+    return start_job("evaluate", "--dataset_dir", str(bids), "--weights", str(weights), "--label", "group")
+
+
+@pytest.fixture(scope="session")
+def reconstructed(start_job: Callable[..., Job], bids: Path, weights: Path) -> Job:
+    """Reconstructions of the cohort's two validation scans, in model space too."""
+    return start_job(
+        "inference", "--dataset_dir", str(bids), "--weights", str(weights), "--split", "val",
+        "--save_model_space", "True",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def encoded(run_bundle: RunBundle, bids: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Latents of the whole cohort, by one run that nobody interrupted."""
     output = tmp_path_factory.mktemp("encoded") / "latents"
     run_bundle(*encoding(bids, output, weights, "--label", "group"))
     return output
+
+
+@pytest.fixture(scope="session")
+def decoded(start_job: Callable[..., Job], encoded: Path, weights: Path) -> Job:
+    """The cohort's latents, decoded."""
+    return start_job("decode", "--dataset_dir", str(encoded), "--weights", str(weights))
+
+
+@pytest.fixture(scope="session")
+def sampled(start_job: Callable[..., Job], bids: Path, encoded: Path, weights: Path) -> Job:
+    """Three samples of a low-rank prior, compared with the cohort."""
+    return start_job(
+        "sample", "--dataset_dir", str(encoded), "--weights", str(weights), "--prior", "lowrank",
+        "--n_components", "3", "--n_samples", "3", "--compare_with", str(bids),
+    )  # fmt: skip

@@ -103,10 +103,12 @@ def _settings(parser: ConfigParser) -> list[str]:
 
 
 def _refuse_block(key: str, value: Any, place: str, parser: ConfigParser) -> None:
-    content = parser.get()
-    is_plain = not isinstance(value, dict | list) and not str(value).startswith(("$", "@", "%"))
-    if is_plain and key in content and key not in _settings(parser) and key != "_meta_":
+    if _is_plain(value) and not _is_plain(parser.get().get(key, "")) and key not in (*_settings(parser), "_meta_"):
         raise InputError(f"'{key}' on {place} is a block of the config, no setting{_hint(key, parser)}")
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, dict | list) and not str(value).startswith(("$", "@", "%"))
 
 
 def _hint(key: str, parser: ConfigParser) -> str:

@@ -1,4 +1,4 @@
-"""Code of the brain_t1_vae bundle that MONAI has not; the JSON files in configs/ put it together.
+"""Code of the brain_t1_vae bundle that MONAI lacks; the JSON files in configs/ put it together.
 
 A config imports it once, `$import scripts`, and names the rest by its package: `$scripts.cohort.select(...)`. Packages
 are loaded when they are first named, so that a job pays for those that it uses.

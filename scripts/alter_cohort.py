@@ -17,15 +17,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from monai.transforms import (
-    AdjustContrast,
-    Compose,
-    LoadImage,
-    Orientation,
-    RandBiasField,
-    Rotate,
-    Spacing,
-)
+from monai.transforms import AdjustContrast, Compose, LoadImage, Orientation, RandBiasField, Rotate, Spacing
 from tqdm import tqdm
 
 from scripts.cohort import check_cohort, read_cohort

@@ -17,14 +17,7 @@ import torch
 
 from scripts.cohort import split_of
 from scripts.jobs.encode import finish_folder
-from scripts.latents import (
-    RECORD_KEYS,
-    latent_files,
-    latent_path,
-    read_latent,
-    read_manifest,
-    write_latent,
-)
+from scripts.latents import RECORD_KEYS, latent_files, latent_path, read_latent, read_manifest, write_latent
 from scripts.networks import Posterior
 from scripts.run import InputError, bundle_version, replacing, report_input_errors
 

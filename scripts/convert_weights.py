@@ -40,7 +40,7 @@ def from_original(state: State) -> dict[str, torch.Tensor]:
         state: names to tensors, with or without the prefix `module.` of a distributed training.
 
     Returns:
-        The state dict of a `BrainVAE`. The convolution after the latent, which the original has not, is the identity.
+        The state dict of a `BrainVAE`. The convolution after the latent, which the original lacks, is the identity.
 
     Raises:
         InputError: `conv_mean` or `conv_var` is missing.
@@ -95,7 +95,7 @@ def convert(
         config_file: the config whose network the weights are for, with its overlays; the original's by default.
 
     Raises:
-        InputError: the kind is another, the file cannot be read, or a tensor is missing, unknown or of another shape.
+        InputError: `kind` is unknown, the file cannot be read, or a tensor is missing, unknown or of another shape.
     """
     if kind not in KINDS:
         raise InputError(f"'kind' is {kind!r}; give one of {', '.join(KINDS)}.")

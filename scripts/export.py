@@ -30,21 +30,8 @@ from monai.networks.utils import convert_to_onnx, convert_to_torchscript
 from monai.utils import optional_import
 from torch import nn
 
-from scripts.networks import (
-    BrainVAE,
-    FoldedUpsample,
-    OnnxNetwork,
-    load_torchscript,
-    load_weights,
-    logvar_of,
-)
-from scripts.run import (
-    METADATA,
-    InputError,
-    file_sha256,
-    replacing,
-    report_input_errors,
-)
+from scripts.networks import BrainVAE, FoldedUpsample, OnnxNetwork, load_torchscript, load_weights, logvar_of
+from scripts.run import METADATA, InputError, file_sha256, replacing, report_input_errors
 
 __all__ = ["DecoderPart", "EncoderPart", "StagedGroupNorm", "WholePart", "onnx", "torchscript"]
 

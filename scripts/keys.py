@@ -1,9 +1,9 @@
-"""Every key that a user may change, job by job: a help on the command line, and the page docs/keys.md.
+"""Every key that a user may change, job by job: a help on the command line, and the table of docs/keys.md.
 
-    python -m scripts.command_help show --job train
-    python -m scripts.command_help write
+    python -m scripts.keys show --job train
+    python -m scripts.keys write
 
-Keys and defaults are read from the configs, meanings from the tables of the jobs' pages.
+Keys and defaults are the configs'; what a key means is written by hand in the last column of docs/keys.md.
 """
 
 from __future__ import annotations
@@ -22,68 +22,53 @@ __all__ = ["JOBS", "job_keys", "keys_page", "show", "write"]
 PAGE = ROOT / "docs" / "keys.md"
 JOBS = ("train", "evaluate", "inference", "encode", "decode", "sample")
 NOT_OVERLAYS = ("metadata", "tracking", *JOBS)
-HEAD = """# Every key
-
-What each config lets you change on the command line (`--key value`) or in a config of your own, with its default. This
-page is made from the configs by `python -m scripts.command_help write`; `python -m scripts.command_help show --job
-train` prints one job's keys.
-
-A default that begins with `$` is computed; `@` stands for another key. Values inside a block are reached with `#`:
-`--network_def#channels "[16, 32, 64]"`, `--optimizer#weight_decay 0.01`, `--train#trainer#max_epochs 5`.
-
-| key | default | jobs | meaning |
-|---|---|---|---|
-"""
-OVERLAY_HEAD = """
-## Overlays
-
-Config files that change only some values of a job: `--config_file "['configs/train.json','configs/finetune.json']"`.
-
-| file | what it sets |
-|---|---|
-"""
+ROW = re.compile(r"^\| `(\w+)` \| `.*` \| (.*?) \| (.*) \|$", re.M)
+TABLE = re.compile(r"(?<=\| key \| default \| jobs \| meaning \|\n\|---\|---\|---\|---\|\n)(?:\|.*\n)*")
+OVERLAYS = re.compile(r"(?<=\| file \| what it sets \|\n\|---\|---\|\n)(?:\|.*\n)*")
 
 
 def job_keys(job: str) -> list[tuple[str, str, str]]:
     """Keys of a job: key, default as JSON, meaning; in the config's order.
 
     Raises:
-        InputError: there is no such job, or its page has no meaning for a key.
+        InputError: there is no such job, or the page has no meaning for a key.
     """
     if job not in JOBS:
         raise InputError(f"'job' is {job!r}; give one of {', '.join(JOBS)}.")
+    rows = ROW.findall(PAGE.read_text(encoding="utf-8"))
     config = json.loads((ROOT / "configs" / f"{job}.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / f"{job}.md").read_text(encoding="utf-8")
-    table = page.split("| key | default | meaning |", 1)[1].split("\n\n", 1)[0]
-    meanings = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", table, re.M))
     names = list(config)
-    keys = names[names.index("bundle_root") : names.index("network_def")]
-    missing = [key for key in keys if key not in meanings]
-    if missing:
-        raise InputError(f"docs/{job}.md does not say what {', '.join(missing)} means; add it to its table of keys.")
-    return [(key, json.dumps(config[key]), meanings[key]) for key in keys]
+    keys = []
+    for key in names[: names.index("network_def")]:
+        meanings = {jobs: meaning for name, jobs, meaning in rows if name == key}
+        own = [meaning for jobs, meaning in meanings.items() if f"[{job}]" in jobs or jobs == "all"]
+        if len(own or set(meanings.values())) != 1:
+            raise InputError(f"docs/keys.md does not say what {key} means for {job}; add a row for it to the table.")
+        keys.append((key, json.dumps(config[key]), (own or [*meanings.values()])[0]))
+    return keys
 
 
 def keys_page() -> str:
-    """The page: keys with the same default and meaning share a line."""
+    """The page with defaults, jobs and overlays as they now are; a key's lines stand where it first appears."""
     jobs_of: dict[tuple[str, str, str], list[str]] = {}
     for job in JOBS:
         for row in job_keys(job):
             jobs_of.setdefault(row, []).append(job)
-    places: dict[str, int] = {}  # all lines of a key stand together, where it appears first
+    places: dict[str, int] = {}
     for key, *_ in jobs_of:
         places.setdefault(key, len(places))
-    lines = []
+    lines = ""
     for key, default, meaning in sorted(jobs_of, key=lambda row: places[row[0]]):
         jobs = jobs_of[key, default, meaning]
         which = "all" if len(jobs) == len(JOBS) else ", ".join(f"[{job}]({job}.md)" for job in jobs)
-        lines.append(f"| `{key}` | `{default}` | {which} | {meaning} |")
-    overlays = []
+        lines += f"| `{key}` | `{default}` | {which} | {meaning} |\n"
+    overlays = ""
     for path in sorted((ROOT / "configs").glob("*.json")):
         if path.stem not in NOT_OVERLAYS:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            overlays.append(f"| `configs/{path.name}` | {', '.join(f'`{key}`' for key in content)} |")
-    return HEAD + "\n".join(lines) + "\n" + OVERLAY_HEAD + "\n".join(overlays) + "\n"
+            overlays += f"| `configs/{path.name}` | {', '.join(f'`{key}`' for key in content)} |\n"
+    page = TABLE.sub(lambda _: lines, PAGE.read_text(encoding="utf-8"), count=1)
+    return OVERLAYS.sub(lambda _: overlays, page, count=1)
 
 
 def show(job: str) -> None:
@@ -94,9 +79,10 @@ def show(job: str) -> None:
 
 
 def write() -> None:
-    """Write docs/keys.md."""
+    """Refresh docs/keys.md."""
+    page = keys_page()
     with replacing(PAGE) as temporary:
-        temporary.write_text(keys_page(), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def test_monai_algo_trains_evaluates_and_returns_weights(
 ) -> None:
     """MONAI's class alone, told the number of rounds: a round of one epoch is one of `monai.bundle run`, to the bit."""
     settings = {**TINY, "dataset_dir": str(study / "site-2.csv"), "device": "cpu", "output_dir": str(tmp_path)}
-    settings |= {"epochs": ROUNDS, "validate#handlers#0#_disabled_": True}
+    settings["epochs"] = ROUNDS
     algo = MonaiAlgo(
         str(ROOT), send_weight_diff=False, train_kwargs=settings, config_evaluate_filename="configs/train.json",
         eval_kwargs={**settings, "writer#log_dir": str(tmp_path / "global")},

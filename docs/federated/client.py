@@ -45,8 +45,6 @@ def site_algo(config_file: Sequence[str], site_file: str, name: str, num_rounds:
         "output_dir": f"{site['output_dir']}/{name}",
         "weights": "",  # they come from the server
         "epochs": num_rounds * local_epochs,
-        # MonaiAlgo does not run the config's `run`, which tells this handler its trainer; the server ends the training.
-        "validate#handlers#0#_disabled_": True,
         "finalize": ["$@writer.close()"],
     }
     files = [*config_file, site_file]

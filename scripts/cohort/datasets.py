@@ -22,13 +22,7 @@ from typing import Any
 
 import monai
 import torch
-from monai.data import (
-    CacheDataset,
-    DataLoader,
-    Dataset,
-    PersistentDataset,
-    ThreadDataLoader,
-)
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, ThreadDataLoader
 from monai.data.thread_buffer import ThreadBuffer
 from monai.transforms import Compose, Transform
 from monai.utils import convert_to_tensor

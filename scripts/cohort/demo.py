@@ -1,6 +1,6 @@
 """A small cohort of made-up T1w brains, so that every job runs before anybody has found their own data.
 
-The configs use it where `dataset_dir` is empty, and so do tests and docs. The one idea: nilearn ships the ICBM 152
+The configs use it where `dataset_dir` is empty, and so do tests and docs. Nilearn ships the ICBM 152
 tissue maps in its wheel, so nothing is downloaded; each subject is these maps seen through a smooth random
 deformation, with folding, tissue contrast, bias field and noise of its own. Half of the scans are brain-extracted,
 half are whole heads whose skull, face and neck are drawn from simple solids. Patients have larger ventricles and

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from scripts.run import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "READERS", "SPLITS", "SPLITS", "Scan", "recognise", "scan_stem"]
+__all__ = ["IMAGE_SUFFIXES", "READERS", "SPLITS", "Scan", "recognise", "scan_stem"]
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -151,7 +151,7 @@ def _read_datalist(path: Path, label: str) -> list[Scan]:
     try:
         content = json.loads(text, parse_float=str, parse_int=str)  # numbers stay as they are written
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); mend it or write it anew.") from None
+        raise InputError(f"{path} is not valid JSON ({error}); correct it or write it anew.") from None
     sections = {"": content} if isinstance(content, list) else content
     known = [key for key in sections if key in SPLITS or not key] if isinstance(sections, dict) else []
     if not known:
@@ -164,7 +164,7 @@ def _read_datalist(path: Path, label: str) -> list[Scan]:
             where = f"{section or 'item'}[{number}]"
             fields = {"image": item} if isinstance(item, str) else item
             if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
-                raise InputError(f'{path}, {where}: an item is {{"image": "one path", ...}}; mend it.')
+                raise InputError(f'{path}, {where}: an item is {{"image": "one path", ...}}; correct it.')
             row = {key: _plain(value) for key, value in fields.items()}
             rows.append((where, row | {"split": section or row.get("split", "")}))
     return _scans_of(path, sorted({key for _, row in rows for key in row}), rows, label)
@@ -198,7 +198,7 @@ def _scans_of(path: Path, columns: Sequence[str], rows: _Rows, label: str) -> li
         more = f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise InputError(
             f"{path} lists {len(missing)} of {len(rows)} scans that do not exist ({'; '.join(missing[:5])}{more}); "
-            f"mend the paths (relative ones are read from the folder {path.parent})."
+            f"correct the paths (relative ones are read from the folder {path.parent})."
         )
     if not scans:
         raise InputError(f"{path} lists no scan; add one row or item for each.")

@@ -1,6 +1,6 @@
 """The check before any work starts: every scan of a cohort against a list of named criteria.
 
-Training, evaluation, encoding and inference call `check_cohort` with the cohort's records. The one idea: a criterion
+Training, evaluation, encoding and inference call `check_cohort` with the cohort's records. A criterion
 is a name and a function that says nothing, or what is wrong and what to do; the header's come first, so that no voxel
 is read of a file that cannot be a T1w scan. Files that passed are known by size and time, so a second check is instant.
 """
@@ -81,7 +81,7 @@ def check_cohort(
     if n_known < len(passed):
         _write_cache(cache_file, known | passed)
     if bad and (checks == "stop" or not good):
-        remedy = "Mend or remove them, or set checks to 'skip' to go on without them." if good else "None is left."
+        remedy = "Correct or remove them, or set checks to 'skip' to go on without them." if good else "None is left."
         raise InputError(f"{len(bad)} of {len(records)} scans fail the pre-flight check. {remedy}\n{_table(bad)}")
     print(f"pre-flight check: {len(records)} scans, {len(good)} good ({n_known} known from an earlier run)")
     if bad:
@@ -144,7 +144,7 @@ def _affine(image: SpatialImage) -> str:
     if is_finite and abs(np.linalg.det(matrix[:3, :3])) > 1e-6 * voxel_sizes(matrix).prod():
         return ""
     fault = "that cannot be inverted" if is_finite else "with NaN or infinite entries"
-    return f"has an affine {fault}; convert the scan again from DICOM, or mend its sform and qform."
+    return f"has an affine {fault}; convert the scan again from DICOM, or correct its sform and qform."
 
 
 def _one_place(image: SpatialImage) -> str:

@@ -53,7 +53,7 @@ def read_cohort(
         subject column or a `sub-<id>` in the path each scan counts as a person of its own, named after its path.
 
     Raises:
-        InputError: a path, table, column, fraction or subject id that the user has to mend.
+        InputError: a path, table, column, fraction or subject id that the user has to correct.
     """
     if form not in FORMS:
         raise InputError(f"The cohort's form is {form!r}; give one of {', '.join(FORMS)}.")

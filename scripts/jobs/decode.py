@@ -1,6 +1,6 @@
 """What decoding and sampling write: NIfTI files with a place in the world, and pictures.
 
-`decode.json` and `sample.json` attach `DecodedWriter`. The one idea: a latent whose header knows its scan goes home
+`decode.json` and `sample.json` attach `DecodedWriter`. A latent whose header knows its scan goes home
 to that scan's grid and unit; any other becomes a volume in model space, centred on the origin.
 """
 
@@ -16,16 +16,7 @@ from ignite.engine import Engine, Events
 from monai.transforms import Compose
 
 from scripts.latents import ENDING, read_header
-from scripts.report import (
-    FILE_NAME,
-    Report,
-    mosaic,
-    origin,
-    quantised,
-    save_png,
-    to_ras,
-    volume_strip,
-)
+from scripts.report import FILE_NAME, Report, mosaic, origin, quantised, save_png, to_ras, volume_strip
 from scripts.run import InputError, as_flag, command_line, file_sha256
 from scripts.transforms import SourceGrid, model_space_image, plain_volume, write_nifti
 
@@ -48,7 +39,7 @@ class DecodedWriter:
         strip: file name of the strip.
 
     Raises:
-        InputError: `space` is another.
+        InputError: `space` is none of its values.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """From a cohort to a finished folder of latents, through any number of interruptions.
 
 `encode.json` asks `scans_to_encode` what is left to do, attaches `LatentWriter`, and calls its `finish` at the end.
-The one idea: the files are the state. A file that is there is whole and says in its header what it was made from and
+The files are the state. A file that is there is whole and says in its header what it was made from and
 by which weights and preprocessing; a run encodes what is missing, and manifest and statistics are made from the
 files when none is missing, so that they are the same whoever wrote them, in how many runs and processes.
 """
@@ -77,7 +77,7 @@ def encoding_settings(weights: str, preprocessing: Compose, dtype: str) -> dict[
         dtype: `float16` or `float32`.
 
     Raises:
-        InputError: the dtype is another, or the weights cannot be read.
+        InputError: the dtype is none of its values, or the weights cannot be read.
     """
     if dtype not in DTYPES:
         raise InputError(f"'dtype' is {dtype!r}; give {' or '.join(DTYPES)}.")
@@ -218,7 +218,7 @@ def finish_folder(folder: str | Path, settings: Mapping[str, str]) -> None:
     with replacing(folder / STATISTICS) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
     encoding_report(folder, pd.DataFrame(rows), result, shown)
-    print(_table(result))
+    print(f"{_channels(result).to_string(index=False, float_format='%.4f')}\n{_summary(result)}")
     print(f"{result['n']} latents, {MANIFEST}, {STATISTICS} and {FILE_NAME} are in {folder}", flush=True)
 
 
@@ -230,16 +230,23 @@ def _row(latent: Latent) -> dict[str, Any]:
     return {**about, "kl": float(posterior.kl().mean()), **figures}
 
 
-def _table(result: Mapping[str, Any]) -> str:
-    """The statistics as a table of one line a channel."""
-    lines = ["channel  mean of mu  sd of mu  sd of z  scale factor"]
-    columns = (result["mu"]["mean"], result["mu"]["sd"], result["z"]["sd"], result["scale_factor"]["channel"])
-    for channel, (mean, sd, sd_z, scale) in enumerate(zip(*columns, strict=True)):
-        lines.append(f"{channel:>7}  {mean:>10.4f}  {sd:>8.4f}  {sd_z:>7.4f}  {scale:>12.4f}")
-    overall = result["z"]["sd_overall"], result["scale_factor"]["overall"]
-    lines.append("overall" + " " * 22 + "{:>9.4f}  {:>12.4f}".format(*overall))
-    share = "-" if result["active_units"] is None else f"{result['active_units']:.3f}"
-    return "\n".join([*lines, f"KL {result['kl']:.4f} nats a value; active units {share}"])
+def _channels(statistics: Mapping[str, Any]) -> pd.DataFrame:
+    """The statistics as a table of one line a channel, and one over all of them."""
+    mu, z, scale = statistics["mu"], statistics["z"], statistics["scale_factor"]
+    return pd.DataFrame(
+        {
+            "channel": [*map(str, range(len(mu["mean"]))), "overall"],
+            "mean of mu": [*mu["mean"], mu["mean_overall"]],
+            "sd of mu": [*mu["sd"], mu["sd_overall"]],
+            "sd of z": [*z["sd"], z["sd_overall"]],
+            "scale factor": [*scale["channel"], scale["overall"]],
+        }
+    )
+
+
+def _summary(statistics: Mapping[str, Any]) -> str:
+    units = statistics["active_units"]
+    return f"KL {statistics['kl']:.4g} nats a value; active units {'-' if units is None else f'{units:.3f}'}."
 
 
 def encoding_report(
@@ -255,18 +262,7 @@ def encoding_report(
     """
     facts = {"weights": f"sha256 {statistics['weights_sha256'] or 'not known'}"}
     report = Report("Latents of a cohort", facts_of(rows, facts, command=False))
-    channels = pd.DataFrame(
-        {
-            "channel": [str(number) for number in range(len(statistics["mu"]["mean"]))] + ["overall"],
-            "mean of mu": [*statistics["mu"]["mean"], statistics["mu"]["mean_overall"]],
-            "sd of mu": [*statistics["mu"]["sd"], statistics["mu"]["sd_overall"]],
-            "sd of z": [*statistics["z"]["sd"], statistics["z"]["sd_overall"]],
-            "scale factor": [*statistics["scale_factor"]["channel"], statistics["scale_factor"]["overall"]],
-        }
-    )
-    units = statistics["active_units"]
-    text = f"KL {statistics['kl']:.4g} nats a value; active units {'-' if units is None else f'{units:.3f}'}."
-    report.add_table("Channels", channels, text=text)
+    report.add_table("Channels", _channels(statistics), text=_summary(statistics))
     columns = ["kl", "mean of mu", "sd of mu"]
     report.add_charts("Distributions", distribution_charts(rows, columns, group_of(rows)), "One point a volume.")
     shape = statistics["shape"]

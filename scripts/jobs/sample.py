@@ -29,13 +29,7 @@ from scripts.latents import (
     read_manifest_latents,
     read_statistics,
 )
-from scripts.metrics import (
-    VolumeSet,
-    compare,
-    nearest_among,
-    nearest_neighbours,
-    split_half,
-)
+from scripts.metrics import VolumeSet, compare, nearest_among, nearest_neighbours, split_half
 from scripts.run import InputError, as_flag, file_sha256, replacing
 
 __all__ = ["DrawPriord", "SampleFigures", "fit_to_folder", "interpolation_records", "sample_records"]
@@ -108,7 +102,7 @@ def interpolation_records(
         shape: of the latent, (C, D, H, W).
 
     Raises:
-        InputError: not two names, one that the folder has not, or latents of other weights or another shape.
+        InputError: not two names, one that the folder lacks, or latents of other weights or another shape.
     """
     if isinstance(names, str) or len(names) != 2:
         raise InputError(f"'between' is {names!r}; give the names of two volumes of the folder.")

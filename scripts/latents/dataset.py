@@ -3,7 +3,7 @@
     data = LatentDataset("output/latents", split="train", pad=True)
     loader = DataLoader(data, batch_size=8, shuffle=True)          # batch["latent"]: (8, 4, 28, 36, 28)
 
-The one idea: a volume's posterior is stored and a fresh sample is drawn each time it is loaded, then scaled by the
+A volume's posterior is stored and a fresh sample is drawn each time it is loaded, then scaled by the
 statistics of the whole cohort. `FirstStage` is the other half: it gives MONAI's `LatentDiffusionInferer` the decoder.
 """
 
@@ -20,12 +20,7 @@ from monai.transforms import MapTransform
 from torch import nn
 
 from scripts.latents.scaling import LatentScaling
-from scripts.latents.storage import (
-    RECORD_KEYS,
-    read_latent,
-    read_manifest,
-    read_statistics,
-)
+from scripts.latents.storage import RECORD_KEYS, read_latent, read_manifest, read_statistics
 from scripts.run import InputError, file_sha256
 
 __all__ = ["DrawLatentd", "FirstStage", "LatentDataset", "latent_datalist"]
@@ -74,7 +69,7 @@ class DrawLatentd(MapTransform):
         allow_missing_keys: as in MONAI.
 
     Raises:
-        InputError: `draw` is another.
+        InputError: `draw` is none of its values.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Latents from anywhere, for decoding: this bundle's files, or what a diffusion model has written.
 
-`decode.json` lists them with `list_latents` and reads them with `LoadLatentd`. The one idea: nothing is guessed. What
+`decode.json` lists them with `list_latents` and reads them with `LoadLatentd`. Nothing is guessed. What
 was done to a latent (scaling, padding) is said in the config and checked against its shape, and no format is read in a
 way that could run code.
 """
@@ -122,7 +122,7 @@ def to_raw(
         (C, D, H, W) float32.
 
     Raises:
-        InputError: the shape is another than what was said.
+        InputError: the shape differs from what was said.
     """
     if tensor.ndim == 5 and tensor.shape[0] == 1:
         tensor = tensor[0]

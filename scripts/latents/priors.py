@@ -1,6 +1,6 @@
 """Distributions over the latent to sample from, and the way between two latents.
 
-`sample.json` fits one to a folder of latents through `scripts.sampling`. The one idea: a prior is a mean plus noise of
+`sample.json` fits one to a folder of latents through `scripts.jobs.sample`. A prior is a mean plus noise of
 some covariance. `standard` is N(0, I), what the KL pulls towards; `gaussian` has the cohort's mean and variance at
 every value; `lowrank` has the cohort's principal components, so that what varies together is drawn together.
 """
@@ -190,7 +190,7 @@ def fit_prior(
         The prior, with label "".
 
     Raises:
-        InputError: the name is another, or the latents are too few, of another shape, or not finite.
+        InputError: the name is none of its values, or the latents are too few, of another shape, or not finite.
     """
     if name not in PRIORS:
         raise InputError(f"'prior' is {name!r}; give one of {', '.join(PRIORS)}.")
@@ -233,7 +233,7 @@ def interpolate(start: Tensor, end: Tensor, n_steps: int, kind: str = "linear") 
         (n_steps, C, D, H, W) of the start's dtype; the first and last are the ends themselves.
 
     Raises:
-        InputError: `kind` or `n_steps` is another, or the shapes differ.
+        InputError: `kind` or `n_steps` is none of its values, or the shapes differ.
 
     Source: Shoemake K., Animating Rotation with Quaternion Curves, SIGGRAPH 1985.
     """

@@ -1,6 +1,6 @@
 """From raw latents to what a diffusion model is trained on, and back: z' = (z - shift) * scale, padded by choice.
 
-`LatentDataset` applies it, decoding undoes it. The one idea: shift and scale come from the whole cohort
+`LatentDataset` applies it, decoding undoes it. Shift and scale come from the whole cohort
 (`latent_stats.json`), so that the scaled latent has mean 0 and standard deviation 1, per channel or over all of them.
 
 Source: Karras et al., https://arxiv.org/abs/2312.02696 (whitening per channel); Rombach et al.,
@@ -39,7 +39,7 @@ class LatentScaling:
             padding comes after the scaling, so that it is the cohort's mean.
 
     Raises:
-        InputError: the kind is another, or statistics are missing.
+        InputError: the kind is none of its values, or statistics are missing.
     """
 
     def __init__(self, kind: str, statistics: Mapping[str, Any] | None = None, pad: bool = False) -> None:

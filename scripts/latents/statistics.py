@@ -1,7 +1,7 @@
 """Statistics of a cohort's latents: what a diffusion model scales by, and whether the latent is alive.
 
 Encoding computes them from the finished files, in the manifest's order, so that they do not depend on how often the
-run was interrupted or by how many processes it was made. The one idea: a sample is z = mu + sigma eps, so over a
+run was interrupted or by how many processes it was made. A sample is z = mu + sigma eps, so over a
 cohort its mean is that of mu and its variance is var(mu) + mean(sigma^2), without drawing anything.
 
 Source: Rombach et al., https://arxiv.org/abs/2112.10752, appendix G (latents divided by their standard deviation),

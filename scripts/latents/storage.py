@@ -1,6 +1,6 @@
 """The file of one volume's latent, and the folder that holds a cohort's.
 
-Encoding writes it, decoding, priors and diffusion trainings read it. The one idea: the posterior (mu and logvar) is
+Encoding writes it, decoding, priors and diffusion trainings read it. The posterior (mu and logvar) is
 kept, never one baked-in sample, so that every later draw is fresh, and with it stands what is needed to find the way
 home. A file is plain safetensors: `mu` and `logvar`, (C, D, H, W), and a header of texts. A folder is finished when it
 has its `manifest.jsonl`, one line a file, and `latent_stats.json`.
@@ -29,6 +29,7 @@ __all__ = [
     "DTYPES",
     "ENDING",
     "MANIFEST",
+    "RECORD_KEYS",
     "STATISTICS",
     "Latent",
     "latent_files",

@@ -1,6 +1,6 @@
 """Simple codes that store as many numbers a volume as the latent does; a VAE has to beat all of them.
 
-The evaluation runs them beside the model, over the same volumes and through the same metrics. The one idea: the
+The evaluation runs them beside the model, over the same volumes and through the same metrics. The
 latent has 4 channels on a grid a quarter as fine in each direction, so 1/16 of the voxels, and each code here spends
 just that budget: on a coarser grid (`Trilinear`), on the lowest frequencies (`DCT`), on the principal components of
 small blocks (`PatchPCA`, the only one that is fitted).

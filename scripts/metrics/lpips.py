@@ -18,17 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scripts.conventions import ROOT
+from scripts.metrics.alexnet import CONVOLUTIONS, DEFAULT_WEIGHTS, read_weights
 from scripts.run import InputError
 
 __all__ = ["LPIPS3D", "MIN_SIDE"]
 
 MIN_SIDE = 31  # voxels or pixels; the second max-pooling has no output below
-DEFAULT_WEIGHTS = ROOT / "models" / "lpips_alex.safetensors"
 
 Slices = list[tuple[Tensor, Tensor]]  # for each axis: indices (n,), and their weights in the mean (n,)
 
@@ -36,13 +33,6 @@ EPS = 1e-10  # in the unit normalisation, as published
 SHIFT = (-0.030, -0.088, -0.188)  # LPIPS's ScalingLayer: the mean of ImageNet's colours on [-1, 1] ...
 SCALE = (0.458, 0.448, 0.450)  # ... and their standard deviation
 STRIDE = 4  # of AlexNet's first convolution
-CONVOLUTIONS = {  # number in torchvision's `features`: out, in, kernel, kernel
-    0: (64, 3, 11, 11),  # stride 4, padding 2
-    3: (192, 64, 5, 5),
-    6: (384, 192, 3, 3),
-    8: (256, 384, 3, 3),
-    10: (256, 256, 3, 3),
-}
 
 
 class LPIPS3D(nn.Module):
@@ -82,7 +72,7 @@ class LPIPS3D(nn.Module):
         self.slice_fraction = slice_fraction
         self.chunk_size = chunk_size
         self.reduction = reduction
-        for name, tensor in _load_weights(DEFAULT_WEIGHTS if weights is None else Path(weights)).items():
+        for name, tensor in read_weights(DEFAULT_WEIGHTS if weights is None else Path(weights)).items():
             self.register_buffer(name.replace(".", "_"), tensor, persistent=False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -133,6 +123,28 @@ class LPIPS3D(nn.Module):
             scaled = ((picture.to(weight) - shift) / scale for picture in (input, target))
             first = (F.conv2d(picture, weight, bias, stride=STRIDE, padding=2) for picture in scaled)
             return self._compare(*map(self._trunk, first))[0]
+
+    @torch.no_grad()
+    def features(self, volume: Tensor, slice_step: int = 1) -> Tensor:
+        """Means of AlexNet's five layers over positions and over every so many slices of each axis.
+
+        Args:
+            volume: (D, H, W) float32 in [0, 1], sides of 31 voxels or more.
+            slice_step: 1 to 31.
+
+        Returns:
+            (1152,) float32.
+        """
+        sums, n_slices = [], 0
+        with torch.autocast(volume.device.type, enabled=False):  # half precision would round away what tells sets apart
+            for axis in range(3):
+                slices = volume.movedim(axis, 0)[slice_step // 2 :: slice_step]
+                filters, bias_map = self._grey_first_layer(*slices.shape[1:])
+                for chunk in slices.split(self.chunk_size):
+                    layers = self._trunk(_first_layer(chunk, filters, bias_map))
+                    sums.append(torch.cat([layer.mean((2, 3)) for layer in layers], 1).sum(0))
+                    n_slices += len(chunk)
+        return torch.stack(sums).sum(0) / n_slices
 
     @property
     def _precision(self) -> torch.dtype:
@@ -274,23 +286,3 @@ def _check_pair(input: Tensor, target: Tensor, layout: str) -> None:
             f"LPIPS needs at least {MIN_SIDE} voxels along every axis, got {' x '.join(map(str, input.shape[2:]))}: "
             "use a larger region, or leave LPIPS out (perceptual_weight 0)."
         )
-
-
-def _load_weights(path: Path) -> dict[str, Tensor]:
-    """Read and check AlexNet's and LPIPS's weights, float32."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; LPIPS needs models/lpips_alex.safetensors of the bundle.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error}); copy it from the bundle anew.") from error
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer, (name, shape) in enumerate((f"features.{n}", shape) for n, shape in CONVOLUTIONS.items()):
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1], f"lin{layer}.weight": (1, shape[0], 1, 1)}
-    wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
-    if wrong:
-        raise InputError(
-            f"{path} does not hold LPIPS's AlexNet weights ({', '.join(wrong)} missing or of another shape); "
-            "use models/lpips_alex.safetensors of the bundle."
-        )
-    return {name: tensors[name].float() for name in shapes}

@@ -14,7 +14,7 @@ from monai.metrics import CumulativeIterationMetric, SSIMMetric
 
 from scripts.conventions import FOREGROUND
 
-__all__ = ["VolumeMetric", "reconstruction_metrics"]
+__all__ = ["COLUMNS", "VolumeMetric", "reconstruction_metrics"]
 
 # Column: whether a large figure is a good one. The order is that of every table.
 COLUMNS: dict[str, bool] = {"l1": False, "psnr": True, "psnr_brain": True, "ssim": True, "lpips": False, "kl": False}

@@ -1,6 +1,6 @@
 """How far samples are from real scans, and whether one of them is a copy.
 
-`scripts.sampling.SampleFigures` calls it. The one idea: every figure is given beside its yardstick, the same figure
+`scripts.jobs.sample.SampleFigures` calls it. Every figure is given beside its yardstick, the same figure
 among real scans, because a distance alone says nothing. Nothing that is kept is as large as a volume.
 """
 
@@ -15,7 +15,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from scripts.conventions import FOREGROUND
-from scripts.metrics.lpips import LPIPS3D, MIN_SIDE, _first_layer
+from scripts.metrics.lpips import LPIPS3D, MIN_SIDE
 from scripts.run import InputError
 
 __all__ = ["VolumeSet", "compare", "nearest_among", "nearest_neighbours", "split_half"]
@@ -70,7 +70,7 @@ class VolumeSet:
         plain = plain.clamp(0, 1)
         inside = plain[plain > FOREGROUND].numpy()
         self.histograms.append(np.histogram(inside, N_BINS, (0, 1))[0] / max(1, inside.size))
-        self.features.append(_features(self.lpips, plain, self.slice_step))
+        self.features.append(self.lpips.features(plain, self.slice_step))
         self.names.append(name)
 
 
@@ -161,22 +161,6 @@ def nearest_among(training: Iterable[Named]) -> float:
     matrix -= matrix.mean(0)  # a common offset would drown the differences
     distances = torch.cdist(matrix, matrix, compute_mode="use_mm_for_euclid_dist").fill_diagonal_(math.inf)
     return float(np.median([_rms(matrix[own], matrix[other]) for own, other in enumerate(distances.argmin(1))]))
-
-
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # half precision would round away what tells sets apart
-def _features(lpips: LPIPS3D, volume: torch.Tensor, slice_step: int) -> torch.Tensor:
-    """Means of AlexNet's five layers over positions and over every so many slices of each axis: (1152,)."""
-    sums = []
-    n_slices = 0
-    for axis in range(3):
-        slices = volume.movedim(axis, 0)[slice_step // 2 :: slice_step]
-        filters, bias_map = lpips._grey_first_layer(*slices.shape[1:])
-        for chunk in slices.split(lpips.chunk_size):
-            features = lpips._trunk(_first_layer(chunk, filters, bias_map))
-            sums.append(torch.cat([layer.mean((2, 3)) for layer in features], 1).sum(0))
-            n_slices += len(chunk)
-    return torch.stack(sums).sum(0) / n_slices
 
 
 def _mmd(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -81,7 +81,7 @@ def format_table(
         f"weights: sha256 {weights_sha256}",
         f"command: {command}",
         "",
-        *_aligned(table),
+        table.to_string(index=False),
         "",
         f"worst volume of '{model}'",
     ]
@@ -107,7 +107,7 @@ def summary_frame(summaries: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> p
 
 
 def format_paired(paired: pd.DataFrame) -> str:
-    """The rows of `comparison.paired_differences` as text, no newline at its end."""
+    """The rows of `paired_differences` as text, no newline at its end."""
     rows = []
     for _, row in paired.iterrows():
         digits = 2 if row["figure"].startswith("psnr") else 4
@@ -125,13 +125,7 @@ def format_paired(paired: pd.DataFrame) -> str:
         )
     names = ["system", "figure", "n", "minus model", "95 % interval", "p (t)", "p (Wilcoxon)"]
     lines = ["paired with 'model': mean over subjects, Student's t and Wilcoxon's signed ranks"]
-    return "\n".join([*lines, *_aligned(pd.DataFrame(rows, columns=names))])
-
-
-def _aligned(table: pd.DataFrame) -> list[str]:
-    lines = [list(table.columns), *table.to_numpy().tolist()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*lines, pd.DataFrame(rows, columns=names).to_string(index=False)])
 
 
 def _summary_of_column(values: dict[str, float], more_is_better: bool) -> dict[str, Any]:

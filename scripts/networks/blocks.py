@@ -1,4 +1,4 @@
-"""The parts of `BrainVAE` that MONAI has not: a Haar step, a normalisation a voxel, and faster forms of its layers.
+"""The parts of `BrainVAE` that MONAI lacks: a Haar step, a normalisation a voxel, and faster forms of its layers.
 
 Parameters keep MONAI's names and shapes. What is fast here is fast for channels-last memory on a CPU; on a GPU and in
 exports each layer is the plain PyTorch expression of its formula.

@@ -1,7 +1,7 @@
 """Volumes of any size through the network in one pass of slabs: exact, in memory that a slab sets.
 
 `inference.json` puts `in_slabs` around its network, so that scans at their own voxel size need no more memory than
-others. The one idea: each layer takes slabs along the first axis, keeps the planes that its kernel needs again, and
+others. Each layer takes slabs along the first axis, keeps the planes that its kernel needs again, and
 hands on what it can compute. Nothing is computed twice, zeros stand beyond the ends of the volume only, and so there is
 no seam. Normalisation a voxel makes this possible: a group norm needs the whole volume before it lets anything through.
 """
@@ -21,13 +21,7 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 
 from scripts.networks.autoencoder import BrainVAE
-from scripts.networks.blocks import (
-    FoldedUpsample,
-    Pointwise,
-    PositionResBlock,
-    haar,
-    inverse_haar,
-)
+from scripts.networks.blocks import FoldedUpsample, Pointwise, PositionResBlock, haar, inverse_haar
 from scripts.networks.posterior import sigma_of
 from scripts.run import InputError
 

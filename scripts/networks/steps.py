@@ -23,12 +23,12 @@ from scripts.run import as_flag
 __all__ = [
     "AutocastInferer",
     "computes_bf16_fast",
-    "place",
-    "trained",
     "decode_iteration",
     "encode_iteration",
+    "place",
     "posterior_iteration",
     "prepare_batch",
+    "trained",
 ]
 
 

@@ -7,30 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 from scripts.conventions import FOREGROUND, PERCENTILE
+from scripts.run import replacing
 
 __all__ = [
     "DPI",
     "FAINT",
     "GREY",
     "VIEWS",
-    "View",
     "YELLOW",
+    "View",
     "add_letters",
     "add_panel",
     "checked_volume",
     "draw",
     "edge_lengths",
+    "figure_to_array",
     "footer_text",
     "foreground_of",
     "number_text",
+    "save_png",
     "window_top_of",
     "write_text",
 ]
@@ -123,3 +128,24 @@ def number_text(value: float) -> str:
 def footer_text(top: float, unit: str, bottom: float = 0) -> str:
     window = f"window {number_text(bottom)} to {number_text(top)} {unit}"
     return f"neurological: left is on the left (sagittal: anterior); {window}"
+
+
+def save_png(figure: Figure, path: str | Path) -> None:
+    """Write a PNG that depends on the picture alone: the same figure gives the same bytes. The file is whole or absent.
+
+    Args:
+        figure: from `recon_panel` or `mosaic`.
+        path: the file; its folder is made.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, facecolor="black", metadata={"Software": None})
+
+
+def figure_to_array(figure: Figure) -> np.ndarray:
+    """Draw a figure to uint8 (H, W, 3), as TensorBoard's `add_image(..., dataformats="HWC")` takes it."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

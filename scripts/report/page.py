@@ -1,6 +1,6 @@
 """One self-contained HTML page that shows a job's results: tables, charts, pictures and a viewer, without a network.
 
-The jobs compose their pages from it. The one idea: a
+The jobs compose their pages from it. A
 section is data (rows, SVG text, base64 volumes); template, style and script in `assets/` know nothing of jobs.
 The viewer is NiiVue, embedded with its licence.
 
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from scripts.report.pictures import DPI
 from scripts.run import replacing
 
-__all__ = ["Report", "quantised"]
+__all__ = ["CEILING", "Report", "quantised"]
 
 PAGE = Path(__file__).parent / "assets"
 MOST_BYTES = 15_000_000  # of the page, so that it can be mailed

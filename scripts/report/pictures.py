@@ -1,6 +1,6 @@
 """Pictures of volumes as a radiologist expects them: original, reconstruction and difference; or slices in a grid.
 
-Inference, TensorBoard, the report and the notebook use them. The one idea: every panel is laid out in millimetres, so
+Inference, TensorBoard, the report and the notebook use them. Every panel is laid out in millimetres, so
 that shapes are right for any spacing, and carries the letters of its own edges, so that nobody has to guess left from
 right. Arrays are RAS (x to the patient's right, y to anterior, z to superior), see `to_ras`; the orientation is the
 neurological one, left on the left. Only matplotlib's object interface is used, never pyplot's global state.
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, sqrt
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -39,9 +37,8 @@ from scripts.report.canvas import (
     window_top_of,
     write_text,
 )
-from scripts.run import replacing
 
-__all__ = ["figure_to_array", "latent_strip", "mosaic", "recon_panel", "save_png", "to_ras", "volume_strip"]
+__all__ = ["latent_strip", "mosaic", "recon_panel", "to_ras", "volume_strip"]
 
 PANEL = 3.0  # inches of the volume's longest edge in `recon_panel`
 
@@ -206,27 +203,6 @@ def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[flo
     image = nib.as_closest_canonical(nib.spatialimages.SpatialImage(array, affine))
     x, y, z = (float(size) for size in nib.affines.voxel_sizes(image.affine))
     return np.asarray(image.dataobj), (x, y, z)
-
-
-def save_png(figure: Figure, path: str | Path) -> None:
-    """Write a PNG that depends on the picture alone: the same figure gives the same bytes. The file is whole or absent.
-
-    Args:
-        figure: from `recon_panel` or `mosaic`.
-        path: the file; its folder is made.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI, facecolor="black", metadata={"Software": None})
-
-
-def figure_to_array(figure: Figure) -> np.ndarray:
-    """Draw a figure to uint8 (H, W, 3), as TensorBoard's `add_image(..., dataformats="HWC")` takes it."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _foreground_centre(volume: np.ndarray) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """A user's mistake ends in one sentence and exit code 2; a mistake of ours keeps its traceback.
 
-Every module raises `InputError` for what the user can mend. The configs call `report_input_errors()` first thing
+Every module raises `InputError` for what the user can correct. The configs call `report_input_errors()` first thing
 in `initialize`, so that MONAI's and Ignite's wrappers around the error are left out of what the user sees. What breaks
 under a job, a full disk, a scan that is gone, a worker process that was killed, is told the same way.
 """
@@ -27,7 +27,7 @@ received: list[int] = []  # signals to end, in this process
 
 
 class InputError(ValueError):
-    """Input, configuration or weights that the user has to mend; the message names the file and the remedy."""
+    """Input, configuration or weights that the user has to correct; the message names the file and the remedy."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -1,6 +1,6 @@
 """A job's output folder: writable, free of what killed runs have left, and of one run at a time.
 
-The first line of each config's `run`. The one idea: the folder itself is locked, which leaves no file behind, and the
+The first line of each config's `run`. The folder itself is locked, which leaves no file behind, and the
 system lifts the lock when the process ends, however it ends. The processes of one torchrun are one run: the first
 locks.
 """

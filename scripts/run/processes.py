@@ -1,7 +1,7 @@
 """One job in several processes, started by torchrun: who does what, who says it, and how the shares become one.
 
 `encode.json` and the overlays `multi_gpu_train.json` and `multi_gpu_evaluate.json` call these, and so do the handlers
-that collect figures; in a plain start they do nothing. The one idea: a process holds every n-th item, so putting the
+that collect figures; in a plain start they do nothing. A process holds every n-th item, so putting the
 shares together again is taking one from each in turn. Ignite holds the process group.
 """
 

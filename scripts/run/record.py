@@ -23,7 +23,7 @@ from scripts.conventions import ROOT
 from scripts.run.checks import RUN_KEYS, read_keys
 from scripts.run.files import file_sha256, replacing
 
-__all__ = ["RunRecord", "bundle_version", "command_line", "config_sha256"]
+__all__ = ["METADATA", "RunRecord", "bundle_version", "command_line", "config_sha256"]
 
 METADATA = ROOT / "configs" / "metadata.json"
 OWN_FOLDERS = ("configs/", "models/")

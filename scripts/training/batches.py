@@ -1,7 +1,7 @@
 """Which scans stand together in a training batch, the same for every run with the same seed.
 
 A config's training DataLoader takes one of these as its `batch_sampler`, made by the function `batch_sampler` from the
-datalist. The one idea: an epoch's batches are a function of (seed, epoch) alone, so that a resumed run goes on with
+datalist. An epoch's batches are a function of (seed, epoch) alone, so that a resumed run goes on with
 the batches it would have had, and each process of a multi-GPU run works out its own share without talking to others.
 Somebody has to say which epoch it is: call `set_epoch` when an epoch starts, or every epoch is the first one (MONAI's
 and Ignite's engines do it for `loader.sampler` only).

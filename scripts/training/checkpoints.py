@@ -15,6 +15,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping
 from torch import nn
 
 from scripts.networks import UNREADABLE, is_packed
@@ -30,7 +31,7 @@ PARTS: dict[str, Any] = {  # of a whole checkpoint, and their types
     "objects": dict,
     "best_metric": float,
     "best_metric_epoch": int,
-    "early_stop": (list, tuple, type(None)),
+    "early_stop": (dict, type(None)),
 }
 
 
@@ -55,19 +56,20 @@ class RunCheckpoint:
         self.model_dir = Path(model_dir)
         self.trainer: Engine | None = None
         self.evaluator: Engine | None = None
-        self.early_stop: Any = None
+        self.early_stop: EarlyStopping | None = None
 
-    def attach(self, trainer: Engine, evaluator: Engine, early_stop: Any = None) -> None:
+    def attach(self, trainer: Engine, evaluator: Engine, patience: int = 0) -> None:
         """Save after every epoch of `trainer`.
 
         Args:
             trainer: MONAI's trainer.
             evaluator: MONAI's evaluator, whose key metric chooses `model.pt`.
-            early_stop: MONAI's `EarlyStopHandler`, attached to the evaluator; its trainer is set here.
+            patience: validations without a better key metric after which the run ends; 0 for never.
         """
-        self.trainer, self.evaluator, self.early_stop = trainer, evaluator, early_stop
-        if early_stop is not None:
-            early_stop.set_trainer(trainer)
+        self.trainer, self.evaluator = trainer, evaluator
+        if patience:
+            self.early_stop = EarlyStopping(patience, _key_metric, trainer)
+            evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.early_stop)
         trainer.add_event_handler(Events.STARTED, self._keep_start)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
         trainer.add_event_handler(Events.COMPLETED, self._save_final)
@@ -100,8 +102,7 @@ class RunCheckpoint:
     def unfinished(self) -> bool:
         """Whether epochs are left to train; none are where early stopping has ended the run."""
         state = self._engines()[0].state
-        stopping = None if self.early_stop is None else self.early_stop._handler
-        if stopping is not None and stopping.counter >= stopping.patience:
+        if self.early_stop is not None and self.early_stop.counter >= self.early_stop.patience:
             return False
         return state.epoch < state.max_epochs
 
@@ -170,8 +171,7 @@ class RunCheckpoint:
         evaluator.state.best_metric = content["best_metric"]
         evaluator.state.best_metric_epoch = content["best_metric_epoch"]
         if self.early_stop is not None and content["early_stop"] is not None:
-            counter, best_score = content["early_stop"]
-            self.early_stop._handler.counter, self.early_stop._handler.best_score = counter, best_score
+            self.early_stop.load_state_dict(content["early_stop"])
 
     def _keep_start(self, engine: Engine) -> None:
         """The weights of a start that has been validated are the best until an epoch is better."""
@@ -185,7 +185,6 @@ class RunCheckpoint:
         epoch = engine.state.epoch
         if evaluator.state.best_metric_epoch == epoch:
             self._export("model.pt")
-        stopping = None if self.early_stop is None else self.early_stop._handler
         content = {
             "epoch": epoch,
             "epoch_length": engine.state.epoch_length,
@@ -193,7 +192,7 @@ class RunCheckpoint:
             "objects": {name: item.state_dict() for name, item in self.objects.items()},
             "best_metric": float(evaluator.state.best_metric),
             "best_metric_epoch": evaluator.state.best_metric_epoch,
-            "early_stop": None if stopping is None else [stopping.counter, stopping.best_score],
+            "early_stop": None if self.early_stop is None else dict(self.early_stop.state_dict()),
         }
         # Into a stream: given a path, torch writes the temporary name, and so the computer's, into the file.
         with replacing(self.folder / f"epoch_{epoch:04d}.pt") as temporary, temporary.open("wb") as stream:
@@ -227,6 +226,10 @@ class RunCheckpoint:
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
         with replacing(self.model_dir / name) as temporary, temporary.open("wb") as stream:
             torch.save(state, stream)
+
+
+def _key_metric(evaluator: Engine) -> float:
+    return float(evaluator.state.metrics[evaluator.state.key_metric_name])
 
 
 def _is_whole(content: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The Ignite handlers of training that MONAI has not.
+"""The Ignite handlers of training that MONAI lacks.
 
 `train.json` lists them in `train#handlers`: an EMA that is right from the first step, a validation of the start, a
 perceptual term that joins later, seeds that make a resumed epoch equal to an uninterrupted one, gradient clipping.

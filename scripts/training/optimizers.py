@@ -74,7 +74,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if lr <= 0 or adam_lr <= 0:
             raise InputError(
                 f"learning rates must be positive, got lr={lr} and adam_lr={adam_lr}; "
-                "mend learning_rate and adam_learning_rate."
+                "correct learning_rate and adam_learning_rate."
             )
         convolutions = [m for m in network.modules() if isinstance(m, nn.Conv3d) and m.kernel_size == (3, 3, 3)]
         hidden = [m.weight for m in convolutions if min(m.in_channels, m.out_channels) >= 16]

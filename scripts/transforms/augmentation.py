@@ -1,4 +1,4 @@
-"""Augmentations that MONAI has not, for scans of other scanners, protocols and resolutions.
+"""Augmentations that MONAI lacks, for scans of other scanners, protocols and resolutions.
 
 The training config mixes them with MONAI's own random transforms: `RandContrastCurved` bends tissue contrast,
 `RandThickSlicesd` imitates 2D acquisitions, and `KeepZeroBackgroundd` holds a stripped background at zero while noise
@@ -64,7 +64,7 @@ class RandThickSlicesd(RandomizableTransform, MapTransform):
         if len(thickness) != 2 or not 1 <= thickness[0] <= thickness[1]:
             raise InputError(
                 f"thickness must be two rising numbers of voxels, 1 or more, got {thickness!r}; "
-                "mend min_slice_mm and max_slice_mm."
+                "correct min_slice_mm and max_slice_mm."
             )
         self.thickness = thickness
 
@@ -95,7 +95,7 @@ class RandContrastCurved(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         if not 0 <= strength <= 0.7:
-            raise InputError(f"strength must lie within 0 and 0.7, got {strength!r}; mend contrast_strength.")
+            raise InputError(f"strength must lie within 0 and 0.7, got {strength!r}; correct contrast_strength.")
         self.strength = strength
         self.flat_prob = flat_prob
 

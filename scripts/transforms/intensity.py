@@ -14,10 +14,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.meta_obj import get_track_meta
-from monai.transforms import (
-    InvertibleTransform,
-    MapTransform,
-)
+from monai.transforms import InvertibleTransform, MapTransform
 from monai.utils import TraceKeys, convert_to_tensor
 
 from scripts.conventions import FOREGROUND, PERCENTILE

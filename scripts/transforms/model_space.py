@@ -19,14 +19,7 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import ImageReader as Reader
 from monai.data import MetaTensor
-from monai.transforms import (
-    Compose,
-    CropForeground,
-    Invertd,
-    InvertibleTransform,
-    MapTransform,
-    Transform,
-)
+from monai.transforms import Compose, CropForeground, Invertd, InvertibleTransform, MapTransform, Transform
 from scipy import ndimage
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """The way home from model space, kept with a latent, so that a decoded volume lies over the scan it came from.
 
-Encoding writes a `SourceGrid` into each latent's header, decoding reads it. The one idea: the geometry of preprocessing
+Encoding writes a `SourceGrid` into each latent's header, decoding reads it. The geometry of preprocessing
 depends on the scan's grid alone but for the place of the box, and that is in model space's affine. So the way is
 walked once more over an empty volume, which leaves MONAI's trace, and the decoded volume is sent back along it.
 """

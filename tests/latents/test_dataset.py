@@ -1,0 +1,135 @@
+"""Latents as training data: fresh samples, scaled and padded; MONAI's diffusion on top."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_VAE
+from monai.data import DataLoader
+from monai.inferers import LatentDiffusionInferer
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDPMScheduler, RFlowScheduler, Scheduler
+from test_storage import HEADER
+
+from scripts.latents import (
+    FirstStage,
+    LatentDataset,
+    LatentStatistics,
+    latent_datalist,
+    latent_path,
+    manifest_entry,
+    read_header,
+    read_latent,
+    write_latent,
+)
+from scripts.networks import BrainVAE
+from scripts.run import InputError
+
+SHAPE = (4, 4, 6, 4)  # its middle side halves only once, like 34
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished folder of six latents; the last two are validation."""
+    root = tmp_path_factory.mktemp("latents")
+    statistics, entries = LatentStatistics(), []
+    for number in range(6):
+        generator = torch.Generator().manual_seed(number)
+        mu = 3 * torch.randn(SHAPE, generator=generator) + 5
+        logvar = torch.randn(SHAPE, generator=generator) - 2
+        split = "val" if number > 3 else "train"
+        path = latent_path(root, f"sub-{number}")
+        write_latent(path, mu, logvar, {**HEADER, "name": f"sub-{number}", "split": split, "label": str(number % 2)})
+        statistics.update(mu, logvar)
+        entries.append(manifest_entry(root, path, read_header(path)))
+    (root / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (root / "latent_stats.json").write_text(json.dumps(statistics.result()))
+    return root
+
+
+@pytest.mark.parametrize(("kind", "over"), [("channel", (0, 2, 3, 4)), ("overall", (0, 1, 2, 3, 4))])
+def test_scaled_samples_have_mean_0_and_sd_1(kind: str, over: tuple[int, ...], folder: Path) -> None:
+    """Over the cohort; 24 volumes' draws of 96 values a channel leave about 2 % of sampling error."""
+    torch.manual_seed(0)
+    data = LatentDataset(folder, scaling=kind)
+    z = torch.stack([data[index]["latent"] for index in range(len(data)) for _ in range(4)])
+    np.testing.assert_allclose(z.mean(over), 0, atol=0.05)
+    np.testing.assert_allclose(z.std(over), 1, atol=0.05)
+
+
+def test_a_sample_is_fresh_and_the_mean_is_mu(folder: Path) -> None:
+    """Two loads of one file differ, also in two workers of one epoch; by draw `mean` they are mu."""
+    data = LatentDataset(folder, scaling="raw")
+    data.data = [data.data[0]] * 4
+    drawn = torch.cat([batch["latent"] for batch in DataLoader(data, batch_size=1, num_workers=2)])
+    assert len({float(z.sum()) for z in drawn}) == 4
+    mean = LatentDataset(folder, draw="mean", scaling="raw")
+    assert torch.equal(mean[0]["latent"], read_latent(latent_path(folder, "sub-0")).mu)
+
+
+def test_a_split_and_its_labels(folder: Path) -> None:
+    """Records come along; a split without latents and an unknown draw are errors."""
+    data = LatentDataset(folder, split="val")
+    assert [(item["name"], item["label"]) for item in data] == [("sub-4", "0"), ("sub-5", "1")]
+    with pytest.raises(InputError, match="'test'"):
+        LatentDataset(folder, split="test")
+    with pytest.raises(InputError, match="give one of"):
+        LatentDataset(folder, draw="median")
+
+
+@pytest.mark.parametrize("fault", ["changed", "missing"])
+def test_hashes_are_checked_when_asked(fault: str, folder: Path, tmp_path: Path) -> None:
+    """A changed byte is noticed with check_hashes alone, a missing file always."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    victim = latent_path(copy, "sub-2")
+    content = victim.read_bytes()
+    victim.unlink()
+    if fault == "changed":
+        victim.write_bytes(content[:-1] + b"x")
+        assert len(latent_datalist(copy)) == 6
+    with pytest.raises(InputError, match="sub-2"):
+        latent_datalist(copy, check_hashes=fault == "changed")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(num_train_timesteps=10, clip_sample=False),
+        RFlowScheduler(num_train_timesteps=10, use_discrete_timesteps=True),
+    ],
+    ids=["ddpm", "rectified-flow"],
+)
+def test_monais_latent_diffusion_trains_and_samples(scheduler: Scheduler, folder: Path) -> None:
+    """A few steps lower the loss of a fixed batch; a sample is unpadded, unscaled and decoded to a volume."""
+    torch.manual_seed(0)
+    data = LatentDataset(folder, split="train", pad=True)
+    z = next(iter(DataLoader(data, batch_size=4)))["latent"]
+    unet = DiffusionModelUNet(
+        spatial_dims=3, in_channels=4, out_channels=4, channels=[8, 8, 16], num_res_blocks=1,
+        attention_levels=[False] * 3, norm_num_groups=4, num_head_channels=4,
+    )  # fmt: skip
+    vae = BrainVAE(**TINY_VAE).eval()
+    stage = FirstStage(vae, data.scaling, data.sides)
+    inferer = LatentDiffusionInferer(scheduler, scale_factor=1.0)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
+    noise, steps = torch.randn_like(z), torch.tensor([1, 3, 5, 7])
+    target = noise if isinstance(scheduler, DDPMScheduler) else z - noise
+    losses = []
+    for _ in range(12):
+        prediction = inferer(inputs=z, autoencoder_model=stage, diffusion_model=unet, noise=noise, timesteps=steps)
+        loss = torch.nn.functional.mse_loss(prediction, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    scheduler.set_timesteps(num_inference_steps=4)
+    volume = inferer.sample(torch.randn_like(z[:1]), stage, unet.eval(), scheduler, verbose=False)
+    assert volume.shape == (1, 1, *(4 * side for side in SHAPE[1:])) and torch.isfinite(volume).all()
+    raw = data.scaling.undo(z[0], data.sides)
+    torch.testing.assert_close(stage.decode_stage_2_outputs(z[:1]), vae.decode(raw[None]))

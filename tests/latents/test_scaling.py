@@ -1,0 +1,62 @@
+"""Scaling and padding of latents for a diffusion model, and the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.inferers import LatentDiffusionInferer
+from monai.networks.schedulers import DDPMScheduler
+
+from scripts.latents import SCALINGS, LatentScaling, padded_shape
+from scripts.run import InputError
+
+STATISTICS = {
+    "scale_factor": {"channel": [0.5, 2.0, 1.0, 4.0], "overall": 0.75},
+    "shift": {"channel": [1.0, -2.0, 0.0, 3.0], "overall": 0.5},
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(SCALINGS),
+    pad=st.booleans(),
+    sides=st.tuples(*[st.integers(1, 9)] * 3),
+    seed=st.integers(0, 99),
+)
+def test_scaling_is_undone(kind: str, pad: bool, sides: tuple[int, int, int], seed: int) -> None:
+    """apply then undo is the identity to float32's rounding, for every kind, padding and size."""
+    z = torch.randn(4, *sides, generator=torch.Generator().manual_seed(seed))
+    scaling = LatentScaling(kind, STATISTICS, pad)
+    scaled = scaling.apply(z)
+    assert list(scaled.shape[1:]) == (padded_shape(sides) if pad else list(sides))
+    torch.testing.assert_close(scaling.undo(scaled, sides), z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("channel", [0.5, 8.0, 2.0, -4.0]), ("overall", [1.125] * 4), ("raw", [2.0] * 4)]
+)
+def test_the_scaled_value_is_less_the_shift_times_the_factor(kind: str, expected: list[float]) -> None:
+    """(2 - shift) * factor by channel; exact in binary. Padding is 0 after the scaling, the cohort's mean."""
+    scaled = LatentScaling(kind, STATISTICS, pad=True).apply(torch.full((4, 2, 4, 4), 2.0))
+    assert scaled[:, 1, 0, 0].tolist() == expected
+    assert (scaled[:, [0, 3]] == 0).all() and (scaled[:, 1:3] != 0).all()
+
+
+@pytest.mark.parametrize("sides", [(28, 34, 28), (6, 4, 10)])
+def test_padding_is_that_of_monais_inferer(sides: tuple[int, int, int]) -> None:
+    """28 x 34 x 28 becomes 28 x 36 x 28 as `LatentDiffusionInferer` pads it, and the way back is exact."""
+    z, scaling = torch.randn(4, *sides), LatentScaling("raw", pad=True)
+    inferer = LatentDiffusionInferer(DDPMScheduler(10), 1.0, padded_shape(sides), list(sides))
+    padded = scaling.apply(z)
+    assert torch.equal(padded, torch.as_tensor(inferer.ldm_resizer(z)))
+    assert torch.equal(scaling.undo(padded, sides), z)
+    assert torch.equal(z, torch.as_tensor(inferer.autoencoder_resizer(padded)))
+
+
+@pytest.mark.parametrize(("kind", "message"), [("most", "give one of"), ("channel", "latent_stats")])
+def test_impossible_scaling_is_refused(kind: str, message: str) -> None:
+    """With the words that there are, and what a scaling needs."""
+    with pytest.raises(InputError, match=message):
+        LatentScaling(kind)

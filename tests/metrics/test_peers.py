@@ -1,0 +1,148 @@
+"""Peers beside the model: found by name, brought to the same grid and unit, compared on the same scans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY_VAE, Job, make_weights, write_scan
+from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImaged, Orientationd, Spacingd
+
+from scripts.metrics import PeerFolder, PeerWeights, read_peers
+from scripts.networks import AutocastInferer, BrainVAE
+from scripts.run import InputError
+from scripts.transforms import ScaleByPercentiled, ToModelSpaced, write_nifti
+
+INFERER = AutocastInferer(False, "cpu")
+MODEL = BrainVAE(**TINY_VAE)
+# files in a peer's folder, what is found for the scan "sub-01"
+FOLDERS: dict[str, tuple[list[str], str | None]] = {
+    "exact name before another": (["sub-01_recon.nii.gz", "sub-01_model_space_recon.nii.gz"], "sub-01_recon.nii.gz"),
+    "any ending": (["sub-01_decoded.nii"], "sub-01_decoded.nii"),
+    "the plain name": (["sub-01.nii.gz", "sub-010.nii.gz"], "sub-01.nii.gz"),
+    "in a subfolder": (["sub-01/anat/sub-01_rec.nii.gz"], "sub-01_rec.nii.gz"),
+    "two files": (["sub-01_a.nii.gz", "sub-01_b.nii.gz"], None),
+    "another scan's": (["sub-011_recon.nii.gz"], None),
+}
+# files that there are, peers, the peers' names or the error
+PEERS: dict[str, tuple[list[str], str | list[str] | dict[str, str], list[str] | str]] = {
+    "after themselves": (["run_2/model.pt", "outputs/"], ["run_2/model.pt", "outputs"], ["run_2", "outputs"]),
+    "by a dict": (["run_2/model.pt"], {"early": "run_2/model.pt"}, ["early"]),
+    "alone": (["outputs/"], "outputs", ["outputs"]),
+    "missing": ([], ["none.pt"], "none.pt"),
+    "a number": ([], [3], "'peers'"),  # type: ignore[list-item]
+    "one name": (["a/out/", "b/out/"], ["a/out", "b/out"], "named 'out', like another"),
+    **{f"taken, {name}": ([f"{name}/"], [name], f"named '{name}'") for name in ("model", "identity", "dct")},
+    "taken, by a dict": (["out/"], {"identity": "out"}, "named 'identity'"),
+}
+
+
+def model_space(path: Path) -> MetaTensor:
+    """The scan as the model sees it."""
+    loading = LoadImaged(
+        "image", reader="NibabelReader", image_only=True, ensure_channel_first=True, dtype=torch.float32
+    )
+    spacing = Spacingd("image", pixdim=(4.0, 4.0, 4.0), mode="bilinear", padding_mode="border")
+    space = ToModelSpaced("image", spatial_size=(32, 36, 32))
+    scale = ScaleByPercentiled("image", percentile=99.5)
+    orient = Orientationd("image", axcodes="RAS", labels=None)
+    return Compose([loading, orient, spacing, space, scale])({"image": str(path)})["image"]
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_file_of_a_scan(case: str, tmp_path: Path) -> None:
+    """Found before the run by the scan's name; none, or several, are an error with the remedy."""
+    files, wanted = FOLDERS[case]
+    for number, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(np.full((32, 36, 32), number + 1, np.float32), np.eye(4)), tmp_path / name)
+    peer = PeerFolder("peer", tmp_path)
+    if wanted is None:
+        with pytest.raises(InputError, match=r"sub-01; one file sub-01_recon\.nii\.gz a scan is needed"):
+            peer.check(["sub-01"])
+    else:
+        peer.check(["sub-01"])
+        image = MetaTensor(torch.zeros(1, 32, 36, 32), meta={"intensity_factor": 2.0})
+        assert (peer("sub-01", image) == 0.5).all()  # the first file's 1 in the scan's unit
+
+
+@pytest.mark.parametrize("axes", ["LAS", "PSR"])
+def test_a_folder_of_the_scans_themselves_is_exact(axes: str, tmp_path: Path) -> None:
+    """In world space and the scan's own unit, whatever the axes: what comes back is the volume that the model sees."""
+    image = model_space(write_scan(tmp_path / "scan" / "sub-01.nii.gz"))
+    source = nib.load(tmp_path / "scan" / "sub-01.nii.gz")
+    turned = source.as_reoriented(nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(source.affine), nib.orientations.axcodes2ornt(axes)
+    ))  # fmt: skip
+    (tmp_path / "peer").mkdir()
+    write_nifti(np.asarray(turned.dataobj), turned, tmp_path / "peer" / "sub-01_recon.nii.gz")
+    again = PeerFolder("peer", tmp_path / "peer")("sub-01", image)
+    assert nib.aff2axcodes(turned.affine) == tuple(axes) and again.dtype == torch.float32
+    torch.testing.assert_close(again, image.as_tensor(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("content", [b"no nifti", None], ids=["damaged", "two channels"])
+def test_unreadable_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    """Damaged, or no 3D volume."""
+    path = tmp_path / "sub-01_recon.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.float32), np.eye(4)), path)
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="sub-01_recon.nii.gz"):
+        PeerFolder("peer", tmp_path)("sub-01", MetaTensor(torch.zeros(1, 4, 4, 4)))
+
+
+def test_weights_reconstruct_as_their_network(tmp_path: Path) -> None:
+    """The posterior mean decoded by the other weights; the model's own stay."""
+    other, before = BrainVAE(**TINY_VAE).eval(), {k: v.clone() for k, v in MODEL.state_dict().items()}
+    other.load_state_dict(torch.load(make_weights(tmp_path / "other.pt", 1)))
+    (peer,) = read_peers([str(tmp_path / "other.pt")], MODEL, INFERER)
+    assert isinstance(peer, PeerWeights) and peer.name == "other"
+    image = model_space(write_scan(tmp_path / "sub-01.nii.gz"))
+    with torch.no_grad():
+        wanted = other.decode(other.encode(image.as_tensor()[None])[0])[0]
+    torch.testing.assert_close(peer("sub-01", image), wanted)
+    assert all(torch.equal(value, before[key]) for key, value in MODEL.state_dict().items())
+
+
+@pytest.mark.parametrize("case", PEERS)
+def test_names_of_peers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model.pt is named after its folder, everything else after itself, or as the dict says; no name stands twice."""
+    monkeypatch.chdir(tmp_path)
+    files, peers, expected = PEERS[case]
+    for name in files:
+        path = Path(name)
+        (path if name.endswith("/") else path.parent).mkdir(parents=True)
+        if not name.endswith("/"):
+            torch.save(MODEL.state_dict(), path)
+    if isinstance(expected, list):
+        assert [peer.name for peer in read_peers(peers, MODEL, INFERER)] == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            read_peers(peers, MODEL, INFERER)
+
+
+def test_evaluation_puts_peers_beside_the_model(
+    start_job: Callable[..., Job], weights: Path, bids: Path, reconstructed: Job, tmp_path: Path
+) -> None:
+    """Other weights and what inference wrote, by the config: the model's own folder is as good as the model."""
+    peers = {"other": str(make_weights(tmp_path / "other.pt", 1)), "recons": str(reconstructed.folder)}
+    job = start_job(
+        "evaluate", "--dataset_dir", str(bids), "--split", "val", "--weights", str(weights), "--peers", str(peers),
+        "--baselines", "[]",
+    )  # fmt: skip
+    table = pd.read_csv(job.folder / "metrics.csv").set_index(["system", "name"])
+    assert list(table.index.unique("system")) == ["model", "other", "recons", "identity"]
+    own, again = table.loc["model", "psnr_brain"], table.loc["recons", "psnr_brain"]
+    assert abs(own - again).max() < 0.5, "only the way through the scan's grid lies between them"
+    assert "paired with 'model'" in job.console
+    paired = pd.read_csv(job.folder / "paired.csv")
+    assert set(paired["system"]) == {"other", "recons"} and (paired["n"] == 2).all()
+    page = (job.folder / "report.html").read_text(encoding="utf-8")
+    assert "Systems side by side" in page and str(tmp_path) not in page

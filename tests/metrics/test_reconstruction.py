@@ -1,0 +1,123 @@
+"""Figures of a reconstruction: their definitions, and their life inside MONAI's handlers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.handlers import IgniteMetricHandler, from_engine
+from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
+
+from scripts.metrics import VolumeMetric, reconstruction_metrics
+
+SIZE = (12, 14, 13)  # SSIM's window is 11
+# float32 sums over some thousand values against MONAI's in the same precision.
+CLOSE = 1e-5
+
+
+def scan_and_reconstruction(seed: int = 0, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """A scan with an empty half and its reconstruction, both also outside [0, 1]: (B, 1, D, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(batch, 1, *SIZE, generator=generator) * 1.3
+    x[..., : SIZE[2] // 2] = 0
+    return x, x + 0.2 * torch.randn(x.shape, generator=generator)
+
+
+def test_columns_are_monais_metrics_of_the_clamped_volumes() -> None:
+    """L1, PSNR and SSIM agree with MONAI's, given both volumes clamped to [0, 1], in any form, in this order."""
+    x, y = scan_and_reconstruction()
+    row = reconstruction_metrics(MetaTensor(x), MetaTensor(y))
+    a, b = x.clamp(0, 1), y.clamp(0, 1)
+    assert list(row) == ["l1", "psnr", "psnr_brain", "ssim"]
+    assert row["l1"] == pytest.approx(float(MAEMetric()(b, a)), abs=CLOSE)
+    assert row["psnr"] == pytest.approx(float(PSNRMetric(max_val=1.0)(b, a)), abs=1e-4)  # dB
+    assert row["ssim"] == pytest.approx(float(SSIMMetric(spatial_dims=3, data_range=1.0)(b, a)), abs=CLOSE)
+    assert reconstruction_metrics(x[0, 0], y[0, 0]) == row
+
+
+def test_psnr_brain_looks_at_the_scans_foreground_alone() -> None:
+    """What the reconstruction adds in the background does not count, and 0.05 itself is background."""
+    x = torch.zeros(SIZE)
+    x[6:] = 0.5
+    x[0] = 0.05
+    y = x + 0.1
+    assert reconstruction_metrics(x, y)["psnr_brain"] == pytest.approx(20.0, abs=1e-4)  # MSE 0.01
+    y[:6] = 1.0
+    assert reconstruction_metrics(x, y)["psnr_brain"] == pytest.approx(20.0, abs=1e-4)
+    assert math.isnan(reconstruction_metrics(0 * x, y)["psnr_brain"])
+
+
+def test_equal_volumes_are_exact() -> None:
+    """A perfect reconstruction, or one that differs above 1 only, has PSNR inf, L1 0, SSIM 1."""
+    x = scan_and_reconstruction()[0]
+    row = reconstruction_metrics(x, torch.where(x > 1, x + 1, x))
+    assert (row["psnr"], row["psnr_brain"], row["l1"]) == (math.inf, math.inf, 0.0)
+    assert row["ssim"] == pytest.approx(1.0, abs=CLOSE)
+
+
+def test_lpips_gets_the_clamped_reconstruction_and_scan() -> None:
+    """The callable is given y, then x, as (1, 1, D, H, W) in [0, 1]; its value is the column."""
+    x, y = scan_and_reconstruction()
+    seen = []
+
+    def lpips(reconstruction: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
+        seen.extend([reconstruction, scan])
+        return torch.tensor([0.25])
+
+    assert reconstruction_metrics(x[0, 0], y[0, 0], lpips)["lpips"] == 0.25
+    torch.testing.assert_close(seen, [y.clamp(0, 1), x.clamp(0, 1)], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, *SIZE), (1, *SIZE), (8, 14, 13)], ids=["batch", "channel", "small"])
+def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    """One volume a row, and SSIM's window has to fit."""
+    with pytest.raises(ValueError, match="must be|needs sides"):
+        reconstruction_metrics(torch.zeros(shape), torch.zeros(shape))
+    with pytest.raises(ValueError, match="same shape"):
+        reconstruction_metrics(torch.zeros(SIZE), torch.zeros(shape))
+
+
+def test_metrics_are_float32_under_autocast() -> None:
+    """Autocast's bfloat16, whose steps near 1 are 0.008, would show in SSIM."""
+    x, y = scan_and_reconstruction()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row = reconstruction_metrics(x, y)
+    assert row == pytest.approx(reconstruction_metrics(x, y), abs=CLOSE)
+
+
+@pytest.mark.parametrize("column", ["l1", "psnr", "psnr_brain", "ssim"])
+def test_volume_metric_is_the_row_averaged(column: str) -> None:
+    """A batch and a list of decollated volumes give each volume's own figure; aggregate is their mean."""
+    x, y = scan_and_reconstruction(batch=3)
+    metric = VolumeMetric(column)
+    values = torch.cat([metric(y_pred=y[:1], y=x[:1]), metric(y_pred=list(y[1:]), y=list(x[1:]))])
+    expected = [reconstruction_metrics(a[None], b[None])[column] for a, b in zip(x, y, strict=True)]
+    assert values.shape == (3, 1)
+    assert values.flatten().tolist() == pytest.approx(expected, rel=CLOSE)
+    assert float(metric.aggregate()) == pytest.approx(sum(expected) / 3, rel=CLOSE)
+    metric.reset()
+    with pytest.raises(ValueError, match="no volumes"):
+        metric.aggregate()
+
+
+def test_volume_metric_in_monais_evaluator() -> None:
+    """Key metric of an evaluator whose engine decollates, scan and reconstruction in order; lpips needs a network."""
+    x = scan_and_reconstruction(batch=3)[0]
+    shift = torch.nn.Identity()
+    shift.forward = lambda image: image * 0.8  # type: ignore[method-assign]
+    figure = IgniteMetricHandler(VolumeMetric("psnr_brain"), output_transform=from_engine(["pred", "image"]))
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset([{"image": MetaTensor(volume)} for volume in x]), batch_size=2),
+        network=shift,
+        prepare_batch=lambda batch, *_, **__: (batch["image"], None),
+        key_val_metric={"psnr_brain": figure},
+    )
+    evaluator.run()
+    expected = [reconstruction_metrics(volume[None], 0.8 * volume[None])["psnr_brain"] for volume in x]
+    assert evaluator.state.metrics["psnr_brain"] == pytest.approx(sum(expected) / 3, rel=CLOSE)
+    with pytest.raises(ValueError, match="'lpips'"):
+        VolumeMetric("lpips")

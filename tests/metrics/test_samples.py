@@ -1,0 +1,144 @@
+"""Distances between sets of volumes: none where there is no difference, and a copy is found."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import head
+
+from scripts.metrics import VolumeSet, compare, nearest_among, nearest_neighbours, split_half
+from scripts.run import InputError
+
+
+def volumes(n: int, brightness: float = 1.0, noise: float = 0.0, first: int = 0) -> VolumeSet:
+    """Heads in model space's unit."""
+    made = VolumeSet(slice_step=8)
+    for seed in range(first, first + n):
+        volume = torch.from_numpy(head(seed) / 1100.0).float() * brightness
+        generator = torch.Generator().manual_seed(seed)
+        made.add(f"head {seed}", volume + noise * torch.randn(volume.shape, generator=generator))
+    return made
+
+
+@pytest.fixture(scope="module")
+def real() -> VolumeSet:
+    """Eight heads."""
+    return volumes(8)
+
+
+def test_a_set_is_at_no_distance_from_itself(real: VolumeSet) -> None:
+    """The unbiased estimate is then below 0 by 2 (1 - mean kernel) / (n - 1), at most 2/7; a darker set's is above."""
+    itself, shifted = compare(real, real), compare(volumes(8, brightness=0.7), real)
+    assert itself["histogram_distance"] == 0 and -2 / 7 < itself["mmd"] <= 0
+    assert shifted["histogram_distance"] > 0.1 and shifted["mmd"] > 0.2
+
+
+def test_other_heads_of_the_same_kind_are_near(real: VolumeSet) -> None:
+    """As near as real ones are among themselves, and far nearer than noisy ones."""
+    same, noisy = compare(volumes(8, first=20), real), compare(volumes(8, noise=0.3), real)
+    assert same["histogram_distance"] < 0.02
+    assert noisy["mmd"] > 5 * max(abs(same["mmd"]), abs(split_half(real)))
+    assert math.isnan(split_half(volumes(3)))  # two halves of three volumes cannot be compared
+
+
+def test_mmd_is_grettons_estimator(real: VolumeSet) -> None:
+    """Equation 3 pair by pair, with the median squared distance as the kernel's width, sets of unequal size."""
+    some = volumes(3, brightness=0.9)
+    x, y = (torch.stack(one.features).double().numpy() for one in (some, real))
+    pooled = np.concatenate([x, y])
+    squared = ((pooled[:, None] - pooled[None]) ** 2).sum(2)
+    kernel = np.exp(-squared / (2 * np.median(squared[~np.eye(11, dtype=bool)])))
+    within_x = np.mean([kernel[i, j] for i in range(3) for j in range(3) if i != j])
+    within_y = np.mean([kernel[i, j] for i in range(3, 11) for j in range(3, 11) if i != j])
+    assert compare(some, real)["mmd"] == pytest.approx(within_x + within_y - 2 * kernel[:3, 3:].mean(), abs=1e-6)
+
+
+def test_the_histogram_distance_is_in_units_of_intensity(real: VolumeSet) -> None:
+    """Heads at 80 % of the brightness are 20 % of the mean intensity away, to a bin's width."""
+    mean = np.mean([one @ ((np.arange(64) + 0.5) / 64) for one in real.histograms])
+    found = compare(volumes(8, brightness=0.8), real)["histogram_distance"]
+    assert math.isclose(found, 0.2 * mean, abs_tol=1 / 64)
+
+
+def test_an_empty_foreground_has_no_distance(real: VolumeSet) -> None:
+    """NaN, not 0, also where it is one volume of several; and one volume is no set."""
+    empty = volumes(1, brightness=0.0)
+    with pytest.raises(InputError, match="got 1 samples"):
+        compare(empty, real)
+    empty.add("head", torch.from_numpy(head(0) / 1100.0))
+    assert math.isnan(compare(empty, real)["histogram_distance"])
+
+
+def test_features_are_the_means_of_alexnets_layers() -> None:
+    """One value a channel of the five layers, not negative (after ReLU)."""
+    (features,) = volumes(1).features
+    assert features.shape == (64 + 192 + 384 + 256 + 256,)
+    assert (features >= 0).all() and features.sum() > 0
+
+
+def test_a_volume_gives_the_same_in_every_form() -> None:
+    """With leading axes, beyond [0, 1], and under autocast, whose half precision would show."""
+    made = VolumeSet(slice_step=8)
+    volume = torch.from_numpy(head(0) / 900.0).float()  # up to 1.2
+    made.add("bare", volume)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made.add("five axes", volume[None, None].clamp(0, 1))
+    assert torch.equal(made.features[0], made.features[1])
+    assert made.histograms[0].tolist() == made.histograms[1].tolist()
+    assert math.isclose(made.histograms[0].sum(), 1)
+
+
+@pytest.mark.parametrize(
+    ("volume", "message"),
+    [
+        (torch.zeros(30, 40, 40), "flat is 30 x 40 x 40"),
+        (torch.full((32, 32, 32), math.nan), "flat has voxels"),
+        (torch.zeros(2, 1, 32, 32, 32), r"flat must be .* got \(2, 1, 32, 32, 32\)"),
+    ],
+    ids=["small", "nan", "batch"],
+)
+def test_a_volume_that_does_not_fit_is_refused(volume: torch.Tensor, message: str) -> None:
+    """With its name, and the set is as before; so is a step that would leave an axis without slices."""
+    made = VolumeSet()
+    with pytest.raises(ValueError, match=message):  # an InputError is one
+        made.add("flat", volume)
+    assert (made.names, made.histograms, made.features) == ([], [], [])
+    with pytest.raises(ValueError, match="slice_step"):
+        VolumeSet(32)
+
+
+def test_a_copy_is_found() -> None:
+    """Distance 0 and its name; the others have the distance of independent noise, sqrt 2."""
+    generator = torch.Generator().manual_seed(0)
+    training = [(f"t{number}", torch.randn(4, 6, 6, 6, generator=generator)) for number in range(5)]
+    new = ("new", torch.randn(4, 6, 6, 6, generator=generator))
+    rows = nearest_neighbours(iter([("copy", training[3][1]), new]), iter(training))
+    assert rows[0] == {"name": "copy", "nearest": "t3", "distance": 0.0}
+    assert math.isclose(rows[1]["distance"], math.sqrt(2), rel_tol=0.1)
+
+
+def test_the_yardstick_is_the_median_of_the_nearest() -> None:
+    """Against all pairs one by one, with an offset in which float32's matrix product would drown the differences."""
+    means = 1000 + torch.randn(7, 2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    pairs = (means[:, None] - means[None]).square().flatten(2).mean(2).sqrt()
+    expected = float(np.median(pairs.fill_diagonal_(math.inf).min(1).values))
+    training = [(str(number), mu) for number, mu in enumerate(means)]
+    assert math.isclose(nearest_among(training), expected, rel_tol=1e-4)
+    assert math.isnan(nearest_among(training[:1]))
+
+
+def test_latents_without_a_comparable_neighbour_are_refused() -> None:
+    """An empty training set, a latent that is not finite, and another shape, with both names."""
+    z = torch.zeros(4, 2, 2, 2)
+    for training, latent, message in (
+        ([], z, "new has no neighbour"),
+        ([("t", z)], z * math.nan, "new has no neighbour"),
+        ([("t", z[:1])], z, "of new and t are"),
+    ):
+        with pytest.raises(InputError, match=message):
+            nearest_neighbours([("new", latent)], training)
+    with pytest.raises(InputError, match="differ in shape"):
+        nearest_among([("s", z), ("t", z[:1])])

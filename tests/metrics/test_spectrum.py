@@ -1,0 +1,73 @@
+"""Power spectra: what is known of waves, noise and blur."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.transforms import GaussianSmooth
+
+from scripts.metrics import MeanSpectra, radial_power
+
+BIN = 0.01  # cycles per mm
+SPACING = (1.5, 1.5, 1.5)
+SHAPE = (1, 48, 56, 48)
+
+
+def noise(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+    """White."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("axis", "periods"), [(0, 6), (1, 9), (2, 15)])
+def test_a_wave_stands_at_its_frequency(axis: int, periods: int) -> None:
+    """Along each axis, and nowhere else."""
+    side = SHAPE[1 + axis]
+    wave = torch.sin(2 * torch.pi * periods * torch.arange(side) / side)
+    volume = wave.view([-1 if number == axis + 1 else 1 for number in range(4)]).expand(SHAPE)
+    power = radial_power(volume, SPACING)
+    assert int(power.nan_to_num().argmax()) == int(periods / (side * SPACING[axis]) / BIN)
+    assert power.nansum() < (1 + 1e-9) * power.nan_to_num().max()
+
+
+@pytest.mark.parametrize("spacing", [SPACING, (6.0, 6.0, 6.0), (1.5, 1.5, 3.0)])
+def test_white_noise_is_flat_at_the_volume_of_a_voxel(spacing: tuple[float, ...]) -> None:
+    """Parseval: variance 1 is spread over 1 / voxel volume, up to the coarsest axis' Nyquist frequency."""
+    voxel = spacing[0] * spacing[1] * spacing[2]
+    power = radial_power(noise(shape=(1, 64, 64, 64)), spacing)
+    assert len(power) == int(0.5 / max(spacing) / BIN)
+    assert power[6:].numpy() == pytest.approx(voxel, rel=0.25)  # lower bins hold few frequencies
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 100), st.floats(-1000, 1000), st.integers(0, 9))
+def test_scale_and_offset_do_not_matter(scale: float, offset: float, seed: int) -> None:
+    """Units of scanners differ; a constant volume has no power and no division by zero."""
+    volume = noise(seed, (2, 12, 12, 12)).double()
+    expected = radial_power(volume, SPACING)
+    assert torch.allclose(radial_power(volume * scale + offset, SPACING), expected, rtol=1e-6, equal_nan=True)
+    flat = radial_power(torch.full_like(volume, offset), SPACING)
+    assert (flat[~flat.isnan()] == 0).all()
+
+
+def test_blur_takes_the_high_frequencies() -> None:
+    """A ratio to the image below 1 there, and above at the low ones."""
+    sharp = noise()
+    ratio = radial_power(GaussianSmooth(1.0)(sharp), SPACING) / radial_power(sharp, SPACING)
+    assert ratio[-1] < 0.1 < 1 < ratio[3]
+
+
+def test_two_shares_are_the_mean_of_all() -> None:
+    """Of volumes on two grids; the coarse one ends at its own Nyquist frequency."""
+    parts = [MeanSpectra(), MeanSpectra()]
+    for seed in range(3):
+        parts[seed % 2].update("image", noise(seed), SPACING)
+        parts[seed % 2].update("latent", noise(seed, (4, 12, 14, 12)), (6.0, 6.0, 6.0))
+    parts[0].merge(parts[1])
+    frame = parts[0].result()
+    mean = torch.stack([radial_power(noise(seed), SPACING) for seed in range(3)]).mean(0)
+    pd.testing.assert_series_equal(frame["image"], pd.Series(mean.numpy()), check_names=False)
+    assert list(frame) == ["frequency", "image", "latent"] and frame["frequency"][1] == pytest.approx(0.015)
+    assert frame["frequency"][frame["latent"].last_valid_index()] < 1 / 12 < frame["frequency"].iloc[-1]

@@ -1,0 +1,101 @@
+"""Files are whole or absent, and what killed processes have left is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from scripts.run import InputError, check_writable, file_sha256, folder_named, remove_unfinished, replacing
+
+DIES = (
+    "import os, signal\nfrom scripts.run.files import replacing\n"
+    "with replacing(os.environ['TARGET']) as temporary:\n"
+    "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+)
+FULL = [
+    OSError(28, "No space left on device"),
+    OSError(122, "Disk quota exceeded"),
+    RuntimeError("No space left on device"),
+]
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Names and texts."""
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    """Under a hidden name with the same ending until then, which tells writers the format, in a folder that is made."""
+    path = tmp_path / "new" / "x.nii.gz"
+    with replacing(str(path)) as temporary:
+        temporary.write_text("whole")
+        assert temporary.name.startswith(".") and temporary.name.endswith("x.nii.gz")
+        assert temporary.parent == path.parent and not path.exists()
+    assert files(path.parent) == {"x.nii.gz": "whole"}
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_file(error: BaseException, tmp_path: Path) -> None:
+    """And nothing else; until then readers see the old one; the error is passed on."""
+    (tmp_path / "x.txt").write_text("old")
+    with pytest.raises(type(error)) as raised, replacing(tmp_path / "x.txt") as temporary:
+        temporary.write_text("half")
+        assert (tmp_path / "x.txt").read_text() == "old"
+        raise error
+    assert raised.value is error and files(tmp_path) == {"x.txt": "old"}
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_disk_is_said(error: Exception, tmp_path: Path) -> None:
+    """The system's error, or torch's, which gives it on as text; the old file stays."""
+    (tmp_path / "a.csv").write_text("old")
+    with pytest.raises(InputError, match=r"a.csv cannot be written, no space .*; free some") as raised:  # noqa: SIM117
+        with replacing(tmp_path / "a.csv"):
+            raise error
+    assert raised.value.__cause__ is error and files(tmp_path) == {"a.csv": "old"}
+
+
+def test_a_folder_that_cannot_be_is_said(tmp_path: Path) -> None:
+    """A file stands where the folder should be."""
+    (tmp_path / "folder").touch()
+    with pytest.raises(InputError, match="folder cannot be written to .*; choose another"):
+        check_writable(tmp_path / "folder")
+    with pytest.raises(InputError, match="cannot be written to"), replacing(tmp_path / "folder" / "x"):
+        raise AssertionError("the block must not run")
+
+
+def test_only_what_the_dead_have_left_is_removed(tmp_path: Path) -> None:
+    """A killed process's file goes; those of this process, of another machine and of the user stay."""
+    target = tmp_path / "sub" / "x.txt"
+    killed = subprocess.run([sys.executable, "-c", DIES], cwd=ROOT, env={**os.environ, "TARGET": str(target)})
+    assert killed.returncode < 0 and not target.exists()
+    (left,) = target.parent.iterdir()
+    machine = left.name.split("-")[0]
+    others = [tmp_path / name for name in (f"{machine}-{os.getpid()}.y.txt", ".elsewhere-1.z.txt", ".hidden", "a.txt")]
+    for path in others:
+        path.touch()
+    remove_unfinished(tmp_path)
+    assert not left.exists() and all(path.exists() for path in others)
+
+
+def test_file_sha256(tmp_path: Path) -> None:
+    """In hex, of more than one piece; a missing file is named, and a number is no file."""
+    (tmp_path / "w.pt").write_bytes(b"x" * 3_000_000)
+    assert file_sha256(tmp_path / "w.pt") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    for path in (tmp_path / "none.pt", 0):
+        with pytest.raises(InputError, match="none.pt cannot be read|0 is no path"):
+            file_sha256(path)
+
+
+@pytest.mark.parametrize("value", [7, "", None, True])
+def test_an_output_folder_that_is_no_path_is_refused(value: object) -> None:
+    """The command line makes a number of a folder called 7."""
+    assert folder_named("out") == Path("out")
+    with pytest.raises(InputError, match="output_dir is "):
+        folder_named(value)

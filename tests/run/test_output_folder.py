@@ -1,0 +1,132 @@
+"""One run in an output folder at a time, and no trace of the lock."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, interruptible
+
+from scripts.run import InputError, claim_folder, replacing, share_folder
+
+pytest.importorskip("fcntl")
+
+Claim = Callable[[str], None]
+Start = Callable[..., tuple[ForkProcess, str]]
+REFUSED = "another run is writing to {}; wait until it has ended, or give another --output_dir."
+HOLDS = (
+    "import sys, time\nfrom scripts.run import claim_folder, report_input_errors\nreport_input_errors()\n"
+    "claim_folder(sys.argv[1])\nprint('holds', flush=True)\ntime.sleep(100)\n"
+)
+
+
+def hold(claim: Claim, folder: Path, rank: str, forks: bool, answer: Connection) -> None:
+    """In a process of its own: take the folder, and stay."""
+    os.environ["RANK"] = rank
+    try:
+        claim(str(folder))
+    except InputError as error:
+        answer.send(str(error))
+        return
+    if forks and os.fork() == 0:
+        time.sleep(6)
+        os._exit(0)
+    answer.send("holds")
+    time.sleep(100)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a process that takes a folder; gives it and what it says."""
+    started = []
+
+    def run(claim: Claim, folder: Path, rank: str = "0", forks: bool = False) -> tuple[ForkProcess, str]:
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=hold, args=(claim, folder, rank, forks, theirs))
+        process.start()
+        started.append(process)
+        assert ours.poll(60)
+        return process, ours.recv()
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("second", [claim_folder, share_folder])
+@pytest.mark.parametrize("first", [claim_folder, share_folder])
+def test_who_may_write_beside_whom(first: Claim, second: Claim, start: Start, tmp_path: Path) -> None:
+    """A second run is refused, unless both are encodings; no file tells of it."""
+    assert start(first, tmp_path)[1] == "holds"
+    expected = "holds" if first is second is share_folder else REFUSED.format(tmp_path)
+    assert start(second, tmp_path)[1] == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_holds_nothing(start: Start, tmp_path: Path) -> None:
+    """Also while a process lives that it has forked, as a data loader does."""
+    process, _ = start(claim_folder, tmp_path, forks=True)
+    process.kill()
+    process.join()
+    assert start(claim_folder, tmp_path)[1] == "holds"
+
+
+def test_the_other_processes_of_a_torchrun_take_no_lock(start: Start, tmp_path: Path) -> None:
+    """They are the same run as the first."""
+    assert start(claim_folder, tmp_path, rank="0")[1] == start(claim_folder, tmp_path, rank="1")[1] == "holds"
+
+
+def test_a_process_may_take_its_folder_again(tmp_path: Path) -> None:
+    """A notebook that runs a job twice; the folder may have another spelling."""
+    claim_folder(str(tmp_path))
+    claim_folder(f"{tmp_path}/../{tmp_path.name}")
+    share_folder(str(tmp_path))
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network drives are."""
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    claim_folder(str(tmp_path))
+
+
+def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
+    """When the next one takes the folder."""
+    dead = multiprocessing.get_context("fork").Process()
+    dead.start()
+    dead.join()
+    with replacing(tmp_path / "x") as temporary:
+        left = temporary.with_name(temporary.name.replace(str(os.getpid()), str(dead.pid)))
+        left.touch()
+    claim_folder(str(tmp_path))
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(("number", "code", "is_new"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
+def test_a_signal_ends_in_one_line_and_leaves_no_empty_folder(
+    number: int, code: int, is_new: bool, tmp_path: Path
+) -> None:
+    """A folder that was made and not used goes; one that was there stays."""
+    folder = tmp_path / "new" if is_new else tmp_path
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=interruptible,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "holds\n" and folder.is_dir()
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (code, "interrupted: run the same command again.\n")
+    assert folder.exists() != is_new

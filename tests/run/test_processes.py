@@ -1,0 +1,297 @@
+"""Training and evaluation in two processes on the CPU (gloo), against one; the Slurm script on two simulated nodes.
+
+Started by torchrun, this file is what each of two processes checks about gradients, batches and collected figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from copy import deepcopy
+from io import StringIO
+from itertools import chain
+from pathlib import Path
+from time import sleep
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY_JOB, write_scan
+from ignite import distributed as idist
+from monai.bundle import ConfigParser
+from torch.nn.parallel import DistributedDataParallel
+
+from scripts.run import (
+    InputError,
+    data_parallel,
+    gathered,
+    hold_others,
+    joined_shares,
+    mean_over_ranks,
+    release_others,
+    share_for_each,
+    share_of_rank,
+    stop_processes,
+)
+from scripts.training import MuonAdamW
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
+TWO = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+OVERLAYS = {  # job, its overlay, and the paths in it that the job's config has not
+    "train": ("multi_gpu_train", {"validate#dataset#data"}),
+    "evaluate": ("multi_gpu_evaluate", {"finalize"}),
+}
+EPOCHS = 3
+# Weights that stand still, and a validation that never counts as better: the run has to end after its second epoch.
+STILL = ["--learning_rate", "0", "--adam_learning_rate", "0", "--patience", "1", "--perceptual_weight", "0"]
+SIMULATED_SRUN = """#!/bin/bash
+# Starts the command once a node, as srun does, on this machine.
+shift
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+wait -n && wait -n
+"""
+
+
+def files(*names: str | Path) -> str:
+    """The value of `--config_file`."""
+    return str([f"configs/{name}.json" if isinstance(name, str) else str(name) for name in names])
+
+
+def finished(command: list[str], **environment: str) -> str:
+    """Run a command in the bundle's folder, which must end well; what it prints."""
+    environment = {**os.environ, **ENVIRONMENT, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cohort(bids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six training scans, two controls and four patients, and three to validate: no even share for two processes."""
+    folder = tmp_path_factory.mktemp("uneven")
+    scans = [*sorted(bids.glob("sub-*/anat/*.nii.gz")), write_scan(folder / "sub-09_T1w.nii.gz", 8)]
+    rows = [
+        {"image": str(scan), "subject": f"sub-{index + 1:02d}", "group": "patient" if index % 3 else "control",
+         "split": "val" if index > 5 else "train"}
+        for index, scan in enumerate(scans)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
+    return folder / "cohort.csv"
+
+
+def training(cohort: Path, output: Path | str, *more: str, configs: str = "") -> list[str]:
+    """Arguments of a training in several processes."""
+    return [
+        "-m", "monai.bundle", "run", "--config_file", configs or files("train", "multi_gpu_train"),
+        "--dataset_dir", str(cohort), "--output_dir", str(output), "--epochs", str(EPOCHS), "--label", "group",
+        "--balanced", "True", "--batch_size", "2", "--val_interval", "1", "--perceptual_weight", "0", *TINY_JOB, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Three epochs in two processes, with augmentation and balanced batches; the folder, and what was printed."""
+    output = tmp_path_factory.mktemp("two") / "train"
+    return output, finished([*TWO, *training(cohort, output)])
+
+
+@pytest.mark.parametrize("job", OVERLAYS)
+def test_an_overlay_changes_what_there_is(job: str) -> None:
+    """Every path of the overlay is one of the job's config, so that no copy of a block hides in it."""
+    name, new = OVERLAYS[job]
+    base, overlay = (ConfigParser.load_config_file(ROOT / "configs" / f"{file}.json") for file in (job, name))
+    parser = ConfigParser(base)
+    assert {key for key in overlay if key.lstrip("+") not in parser} == new - set(parser.get())
+
+
+def test_one_process_needs_no_group() -> None:
+    """The overlays also work where torchrun was not used, or started one process."""
+    network = torch.nn.Linear(1, 1)
+    assert data_parallel(network, "cpu") is network
+    assert gathered(1) == [1] and joined_shares([1, 2]) == [1, 2] and share_for_each([1, 2]) == [1, 2]
+    assert mean_over_ranks({"a": 1.0}) == {"a": 1.0}
+    hold_others(), release_others()
+
+
+def test_gradients_batches_and_figures(cohort: Path, tmp_path: Path) -> None:
+    """`check_in_each_process`, below, in two of them."""
+    finished([*TWO, str(Path(__file__)), str(cohort), str(tmp_path)])
+
+
+def test_training_leaves_one_set_of_files(trained_by_two: tuple[Path, str]) -> None:
+    """One table, one event file, one line an epoch; state dicts without a prefix."""
+    output, printed = trained_by_two
+    table = pd.read_csv(output / "metrics.csv")
+    assert table["epoch"].tolist() == [0, 1, 2, 3] and table[1:].notna().all().all()
+    assert printed.count("epoch 1  ") == 1 and printed.count("pre-flight check: 9 scans") == 1
+    assert len(list((output / "tensorboard").iterdir())) == 1
+    assert (output / "report.html").is_file() and not list(output.rglob(".*"))
+    content = torch.load(output / "checkpoints" / f"epoch_{EPOCHS:04d}.pt", weights_only=True)
+    assert (content["processes"], content["epoch_length"]) == (2, 2)
+    assert not any(name.startswith("module.") for name in content["objects"]["network"])
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    trained_by_two: tuple[Path, str], cohort: Path, tmp_path: Path
+) -> None:
+    """Two processes that were killed in the third epoch, to the bit: network, EMA, optimizer, schedule, table."""
+    whole, output = trained_by_two[0], tmp_path / "train"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(f"epoch_{EPOCHS:04d}.pt", "*.html", "model*.pt"))
+    printed = finished([*TWO, *training(cohort, output, "--resume", "True")])
+    assert printed.count("going on after epoch 2") == 1
+    name = f"checkpoints/epoch_{EPOCHS:04d}.pt"
+    ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (output, whole))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert (output / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_slurm_script_on_two_nodes(cohort: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
+    """Two torchruns of one process each: the validation of one process, early stopping in both, one that writes."""
+    script = ROOT / "docs" / "slurm" / "train.sbatch"
+    overlay = tmp_path / "still.json"
+    overlay.write_text(json.dumps({"early_stop#min_delta": 1.0}))
+    more = [*STILL, "--weights", str(weights)]
+    run_bundle(*training(cohort, tmp_path / "alone", *more, configs=files("train", overlay))[3:])
+
+    programs = {
+        "srun": SIMULATED_SRUN,
+        "scontrol": "#!/bin/bash\nprintf '127.0.0.1\\n127.0.0.1\\n'\n",
+        "torchrun": f'#!/bin/bash\nexec {" ".join(TORCHRUN)} "$@"\n',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    each = f"$'{tmp_path}/rank_' + __import__('os').environ['RANK']"  # who writes shows where each has its own folder
+    finished(
+        ["bash", str(script), *training(cohort, each, *more)[5:]], CONFIG=files("train", "multi_gpu_train", overlay),
+        PORT=str(port), PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="two",
+        SLURM_NNODES="2", SLURM_SUBMIT_DIR=str(ROOT), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+
+    one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("alone", "rank_0"))
+    assert one["epoch"].tolist() == two["epoch"].tolist() == [0, 1, 2]
+    figures = [name for name in one if name.startswith("val_")]
+    assert len(figures) >= 4  # the average of equal weights rounds; so do means over scans in another order
+    pd.testing.assert_frame_equal(one[figures], two[figures], rtol=1e-5)
+    left = {path.name for path in (tmp_path / "rank_1").rglob("*")}
+    assert left <= {"preflight.json"}  # here alone, where it cannot read that of the first
+
+
+def test_two_processes_evaluate_as_one(cohort: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
+    """Six scans: the same tables, byte by byte, the same figures and cases; every scan once."""
+    common = ["--weights", str(weights), "--split", "train", "--baselines", "[]", "--label", "group", *TINY_JOB]
+    common = ["--dataset_dir", str(cohort), *common]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_bundle("--config_file", "configs/evaluate.json", "--output_dir", str(one), *common)
+    command = ["-m", "monai.bundle", "run", "--config_file", files("evaluate", "multi_gpu_evaluate")]
+    assert finished([*TWO, *command, "--output_dir", str(two), *common]).count("written to") == 1
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for name in ("metrics.csv", "paired.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    names = pd.read_csv(two / "metrics.csv").query("system == 'model'")["name"].tolist()
+    assert len(set(names)) == len(names) == 6
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    assert summaries[0]["systems"] == summaries[1]["systems"]
+    reports = [(folder / "report.html").read_text().splitlines() for folder in (one, two)]
+    differing = [ours for ours, theirs in zip(*reports, strict=True) if ours != theirs]
+    assert all("monai.bundle run" in line for line in differing)
+
+
+def check_in_each_process(cohort: str, output: str) -> None:
+    """Objects of the overlaid train.json, as this process of two has them."""
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", "multi_gpu_train")])
+    settings = {
+        "dataset_dir": cohort, "output_dir": output, "device": "cpu", "spatial_size": [32, 36, 32], "spacing": 4.0,
+        "network_def#channels": [4, 8], "perceptual_weight": 0, "augment": False,
+        "label": "group", "balanced": True, "batch_size": 2, "amp": False,
+        "recon_weight": 0, "mse_weight": 1, "equivariance_weight": 0,
+    }  # fmt: skip
+    for key, value in settings.items():
+        parser[key] = value
+    parser.get_parsed_content("initialize")
+    assert idist.get_world_size() == 2
+    _check_gradients(parser)
+    _check_batches(parser)
+    assert (parser.get_parsed_content("writer") is None) == (idist.get_rank() == 1)
+    for n in (2, 5, 6):
+        assert joined_shares(share_of_rank(range(n))) == list(range(n))
+    assert mean_over_ranks({"a": float(idist.get_rank()), "b": 3.0}) == {"a": 0.5, "b": 3.0}
+    with pytest.raises(InputError, match="2 processes cannot share 1 scans"):
+        share_for_each([0])
+    with pytest.raises(SystemExit), redirect_stderr(StringIO()) as shown:
+        sys.excepthook(InputError, InputError("mend it"), None)
+    assert shown.getvalue() == "error: mend it\n"
+    _check_end()
+
+
+def _check_end() -> None:
+    """A collective that is still under way, with a tensor that only its thread holds, does not keep a process."""
+    network = data_parallel(torch.nn.Linear(1, 1), "cpu")
+    network(torch.ones(1, 1)).backward()
+    if idist.get_rank() > 0:
+        sleep(1)
+    torch.distributed.all_reduce(torch.ones(1), async_op=True)
+    stop_processes()
+    del network
+
+
+def _check_gradients(parser: ConfigParser) -> None:
+    """One scan in each process is a batch of two in one; optimizers then go on alike in both."""
+    plain, loss = parser.get_parsed_content("network_def"), parser.get_parsed_content("loss")
+    plain.sampling = lambda mu, sigma: mu + 0.3 * sigma  # in place of a drawn number
+    together = deepcopy(plain)
+    network = parser.get_parsed_content("network")
+    assert isinstance(network, DistributedDataParallel) and not network.find_unused_parameters
+    images = torch.rand(2, 1, 32, 36, 32, generator=torch.Generator().manual_seed(0))
+    own = images[idist.get_rank()][None]
+    loss(network(own), own).backward()
+    loss(together.to(memory_format=torch.channels_last_3d)(images), images).backward()
+    largest = max(float(parameter.grad.abs().max()) for parameter in together.parameters())
+    for (name, ours), theirs in zip(plain.named_parameters(), together.parameters(), strict=True):
+        # Sums of fp32 in another order; a bias before a norm of one channel a group has a gradient of rounding alone.
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6 * largest, msg=name)
+    optimizer = MuonAdamW(network)
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss(network(own), own).backward()
+    first, second = gathered([parameter.detach() for parameter in plain.parameters()])
+    assert all(map(torch.equal, first, second))
+    assert not all(map(torch.equal, first, [parameter.detach() for parameter in together.parameters()]))
+
+
+def _check_batches(parser: ConfigParser) -> None:
+    """Balanced batches of both: every patient once an epoch, a control with each, another order each epoch."""
+    loader = parser.get_parsed_content("train#dataloader")
+    patients = {index for index, record in enumerate(loader.dataset.data) if record["label"] == "patient"}
+    assert len(patients) == 4
+    epochs = []
+    for epoch in (1, 2, 3):
+        loader.batch_sampler.set_epoch(epoch)
+        shares = gathered(list(loader.batch_sampler))
+        assert [len(share) for share in shares] == [2, 2]
+        batches = [set(batch) for batch in chain.from_iterable(shares)]
+        assert all(len(batch & patients) == len(batch - patients) == 1 for batch in batches)
+        visits = Counter(chain.from_iterable(batches))
+        assert visits == {index: 1 if index in patients else 2 for index in range(6)}
+        epochs.append(shares)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+if __name__ == "__main__":
+    check_in_each_process(*sys.argv[1:])

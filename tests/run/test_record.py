@@ -1,0 +1,158 @@
+"""`run.json` beside every output, the command it shows, and its law: the same run gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Job, contents
+from ignite.engine import Engine
+
+from scripts.run import RunRecord, bundle_version, command_line, config_sha256, file_sha256
+
+# Arguments of the jobs of tests/conftest.py, and the fixture of each.
+JOBS = {
+    "encode": ("encoded", "--dataset_dir {bids} --weights {weights} --label group"),
+    "train": ("trained", "--dataset_dir {bids} --epochs 4 --batch_size 2 --val_interval 1"),
+    "evaluate": ("evaluated", "--dataset_dir {bids} --weights {weights} --label group"),
+    "inference": ("reconstructed", "--dataset_dir {bids} --weights {weights} --split val --save_model_space True"),
+    "decode": ("decoded", "--dataset_dir {encoded} --weights {weights}"),
+    "sample": (
+        "sampled",
+        "--dataset_dir {encoded} --weights {weights} --prior lowrank --n_components 3 --n_samples 3 "
+        "--compare_with {bids}",
+    ),
+}
+SAME = ["--config_file", "configs/encode.json", "--output_dir", "out"]
+OTHERS = {
+    "a key": [*SAME, "--amp", "True"],
+    "an overlay": ["--config_file", "['configs/encode.json','configs/native.json']", "--output_dir", "out"],
+    "another config": ["--config_file", "configs/decode.json", "--output_dir", "out"],
+}
+NAME = "Krautwurst"
+COMMANDS = {
+    "file": (["--dataset_dir", "{}/scan.nii.gz"], "--dataset_dir scan.nii.gz"),
+    "folder": (["--dataset_dir", "{}"], '--dataset_dir "<folder>"'),
+    "folder without a slash": (["--dataset_dir", NAME], '--dataset_dir "<folder>"'),
+    "folder with =": (["--dataset_dir={}"], '"--dataset_dir=<folder>"'),
+    "list": (["--dataset_dir", "['{}','{}/a.csv']"], "--dataset_dir \"['<folder>', 'a.csv']\""),
+    "dict": (["--peers", "{'first':'{}/model.pt'}"], "--peers \"{'first': 'model.pt'}\""),
+    "expression": (["--output_dir", "$'{}' + '/out'"], "--output_dir $..."),
+    "Windows": (["--dataset_dir", rf"C:\{NAME}\scan.nii"], "--dataset_dir scan.nii"),
+    "the bundle's own": (["--weights", "models/model.pt"], "--weights models/model.pt"),
+    "numbers": (["--spatial_size", "[32,36,32]"], '--spatial_size "[32,36,32]"'),
+    "split": (["--split", "val"], "--split val"),
+}
+
+
+@pytest.mark.parametrize("job", [job if job == "encode" else pytest.param(job, marks=pytest.mark.slow) for job in JOBS])
+def test_the_same_run_gives_the_same_bytes(
+    job: str, start_job: Callable[..., Job], request: pytest.FixtureRequest, bids: Path, weights: Path
+) -> None:
+    """Twice in processes of their own: every file but those with times. (A job broken off: tests/test_faults.py.)"""
+    fixture, arguments = JOBS[job]
+    first = request.getfixturevalue(fixture)
+    places = {"bids": bids, "weights": weights}
+    places |= {"encoded": request.getfixturevalue("encoded")} if job in ("decode", "sample") else {}
+    second = start_job(job, *arguments.format(**places).split())
+    ours, theirs = contents(getattr(first, "folder", first)), contents(second.folder)
+    assert ours == theirs and "report.html" in ours
+
+
+def record(folder: Path) -> dict[str, object]:
+    """What stands in its run.json."""
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_record_tells_how_its_outputs_were_made(encoded: Path, weights: Path) -> None:
+    """Command, configuration, weights, versions, machine and times of an encoding."""
+    found = record(encoded)
+    assert str(found["command"]).startswith("python -m monai.bundle run --config_file configs/encode.json")
+    assert len(str(found["config_sha256"])) == 64 and found["weights_sha256"] == file_sha256(weights)
+    assert found["seed"] is None and found["earlier"] == []
+    assert found["bundle_version"] == bundle_version() and found["packages"]["torch"] == metadata.version("torch")
+    assert str(found["device"]).startswith("cpu, ") and found["threads"] == 1
+    assert str(found["started"]) <= str(found["finished"])
+
+
+def run_engine(record: RunRecord, fails: bool = False, rank: int = 0) -> None:
+    """Run an engine that does nothing, or fails at it."""
+
+    def step(engine: Engine, batch: int) -> None:
+        assert not fails
+
+    engine = Engine(step)
+    engine.state.rank, engine.state.device = rank, torch.device("cpu")
+    record.attach(engine)
+    engine.run([0])
+
+
+def test_a_run_that_fails_is_not_finished(tmp_path: Path) -> None:
+    """Its outputs are those of a part."""
+    with pytest.raises(AssertionError):
+        run_engine(RunRecord(str(tmp_path)), fails=True)
+    assert record(tmp_path)["finished"] is None
+
+
+def test_a_run_that_goes_on_keeps_what_the_earlier_ones_said(tmp_path: Path) -> None:
+    """The oldest first, flat."""
+    for seed in (1, 2, 3):
+        run_engine(RunRecord(str(tmp_path), seed=seed))
+    last = record(tmp_path)
+    assert [run["seed"] for run in (*last["earlier"], last)] == [1, 2, 3]
+    assert not any("earlier" in run for run in last["earlier"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"earlier": 3}', "[" * 100_000])
+def test_a_damaged_record_is_replaced(text: str, tmp_path: Path) -> None:
+    """No reason to stop a job."""
+    (tmp_path / "run.json").write_text(text)
+    run_engine(RunRecord(str(tmp_path)))
+    assert record(tmp_path)["earlier"] == []
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    """Of several that torchrun has started."""
+    run_engine(RunRecord(str(tmp_path)), rank=1)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_configuration_has_another_hash(other: str) -> None:
+    """Whatever it is that differs."""
+    assert config_sha256(["monai", "run", *SAME]) != config_sha256(["monai", "run", *OTHERS[other]])
+
+
+def test_a_file_of_the_users_own_counts_by_its_content(tmp_path: Path) -> None:
+    """Wherever it lies and whatever it is called; another value in it is another configuration."""
+    hashes = []
+    for name, epochs in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"epochs": epochs}))
+        given = ["--config_file", str(["configs/train.json", str(tmp_path / f"{name}.json")])]
+        hashes.append(config_sha256(["monai", "run", *given]))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_folders_do_not_change_the_hash(tmp_path: Path) -> None:
+    """The same run on another machine; started from Python, nothing tells the configs."""
+    here = ["run", *SAME, "--weights", "model.pt"]
+    there = ["run", *SAME[:-1], str(tmp_path), "--weights", str(tmp_path / "model.pt")]
+    assert config_sha256(["monai", *here]) == config_sha256(["monai", *there]) != ""
+    assert config_sha256(["/usr/bin/pytest", "tests"]) == ""
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_the_command_shows_no_folder(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports and tables show the command; folders are named after people, with a comma at times."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / f"{NAME},Otto"
+    folder.mkdir()
+    (tmp_path / NAME).mkdir()
+    given, expected = COMMANDS[case]
+    monkeypatch.setattr(sys, "argv", ["python", "run", *(word.replace("{}", str(folder)) for word in given)])
+    assert command_line() == f"python -m monai.bundle run {expected}"

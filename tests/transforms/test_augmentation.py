@@ -1,0 +1,158 @@
+"""Augmentations: reproducible by seed, anatomically safe, and silent where a brain was cut out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data import MetaTensor
+from monai.transforms import Compose, RandFlipd, RandGibbsNoised, RandRicianNoised
+
+from scripts.run import InputError
+from scripts.transforms import (
+    KeepZeroBackgroundd,
+    RandContrastCurved,
+    RandThickSlicesd,
+    apply_contrast_curve,
+    thicken_slices,
+)
+
+SIZE = (18, 20, 16)
+NOISE = {"keys": "image", "prob": 1.0, "std": 0.1}
+WRONG: list[tuple[Callable[[], object], str]] = [
+    (lambda: RandThickSlicesd(keys="image", thickness=(0.5, 2.0)), "min_slice_mm"),
+    (lambda: RandThickSlicesd(keys="image", thickness=(3.0, 2.0)), "max_slice_mm"),
+    (lambda: RandContrastCurved(keys="image", strength=0.9), "contrast_strength"),
+]
+
+
+def brain(air: float = 0.0) -> torch.Tensor:
+    """A bright box in air, (1, 18, 20, 16); the box fills 14 % of it."""
+    volume = torch.full((1, *SIZE), air)
+    volume[0, 4:14, 5:15, 4:12] = torch.rand(10, 10, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.4
+    return volume
+
+
+def all_random() -> Compose:
+    """Every transform of the module with MONAI's noise between."""
+    return Compose(
+        [
+            RandFlipd(keys="image", prob=0.5, spatial_axis=0),
+            KeepZeroBackgroundd(
+                keys="image",
+                transforms=[
+                    RandContrastCurved(keys="image", prob=0.7),
+                    RandThickSlicesd(keys="image", prob=0.7),
+                    RandGibbsNoised(keys="image", prob=0.7, alpha=(0.3, 0.6)),
+                    RandRicianNoised(**{**NOISE, "prob": 0.7}),
+                ],
+            ),
+        ]
+    )
+
+
+def run(transform: Compose, seed: int, n_volumes: int = 3) -> torch.Tensor:
+    """Some volumes after seeding."""
+    transform.set_random_state(seed)
+    return torch.stack([torch.as_tensor(transform({"image": brain()})["image"]) for _ in range(n_volumes)])
+
+
+def test_same_seed_same_volumes() -> None:
+    """Seeding repeats all volumes to the last bit, in one object and in another; each volume draws anew."""
+    first = all_random()
+    expected = run(first, 11)
+    assert torch.equal(run(first, 11), expected) and torch.equal(run(all_random(), 11), expected)
+    assert not torch.equal(run(first, 12), expected) and not torch.equal(expected[0], expected[1])
+
+
+def test_first_axis_of_ras_is_left_right() -> None:
+    """A mark on the right, low and behind, is on the left after the flip, as low and as far behind."""
+    volume = torch.zeros(1, *SIZE)
+    volume[0, 15, 3, 2] = 1.0
+    flipped = RandFlipd(keys="image", prob=1.0, spatial_axis=0)({"image": volume})["image"]
+    assert np.argwhere(np.asarray(flipped[0])).tolist() == [[SIZE[0] - 1 - 15, 3, 2]]
+
+
+@pytest.mark.parametrize("is_stripped", [True, False])
+def test_only_a_stripped_background_stays_zero(is_stripped: bool) -> None:
+    """Noise ends where the air was cut away; a whole head takes it in its air, also where that was rounded to 0."""
+    volume = brain(air=0.0 if is_stripped else 0.01)
+    volume[:, :, ::3] *= is_stripped  # a third of the voxels, below the share that counts as stripped
+    add_noise = KeepZeroBackgroundd(keys="image", transforms=[RandRicianNoised(**NOISE)]).set_random_state(0)
+    noisy = add_noise({"image": volume.clone()})["image"]
+    assert ((noisy == 0) == (volume == 0)).all() if is_stripped else (noisy != volume).float().mean() > 0.99
+    assert (noisy != volume)[brain() > 0].float().mean() > 0.99
+
+
+def test_crops_are_treated_one_by_one() -> None:
+    """Of a list, as MONAI's crops are, the stripped crop keeps its zeros and the other does not."""
+    stripped, full = torch.zeros(1, 4, 4, 4), torch.ones(1, 4, 4, 4)
+    add = KeepZeroBackgroundd("image", [lambda data: {"image": data["image"] + 1}])
+    results = add([{"image": stripped}, {"image": full}])
+    assert [result["image"].unique().tolist() for result in results] == [[0], [2]]
+
+
+def test_only_the_image_is_treated() -> None:
+    """Not in place, other keys pass, and an affine stays."""
+    affine = torch.diag(torch.tensor([1.5, 1.5, 1.5, 1.0], dtype=torch.float64))
+    image = MetaTensor(brain(), affine=affine)
+    noise = KeepZeroBackgroundd(keys="image", transforms=[RandRicianNoised(**NOISE)])
+    for transform in (RandThickSlicesd(keys="image", prob=1.0), RandContrastCurved(keys="image", prob=1.0), noise):
+        item = transform.set_random_state(0)({"image": image, "label": "depr"})
+        assert item["label"] == "depr" and torch.equal(image.as_tensor(), brain())
+        assert not torch.equal(item["image"].as_tensor(), brain())
+        torch.testing.assert_close(item["image"].affine, affine)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_thicken_along_one_axis(axis: int) -> None:
+    """A pattern along another axis stays; a fast one along this axis is averaged away, one as thick as a slice not."""
+    ramp = torch.arange(16.0)
+    slow = torch.movedim(ramp.expand(16, 16, 16), -1, (axis + 1) % 3)[None]
+    torch.testing.assert_close(thicken_slices(slow, axis, 4.0), slow)
+    fast = torch.movedim((ramp % 2).expand(16, 16, 16), -1, axis)[None]
+    torch.testing.assert_close(thicken_slices(fast, axis, 2.0), torch.full_like(fast, 0.5))
+    pairs = torch.movedim((ramp // 2 % 2).expand(16, 16, 16), -1, axis)[None]  # thick slices of 0 and of 1
+    assert thicken_slices(pairs, axis, 2.0).unique().tolist() == [0, 0.25, 0.75, 1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(voxels=st.floats(1.0, 5.0), seed=st.integers(0, 99))
+def test_thick_slices_stay_within_range(voxels: float, seed: int) -> None:
+    """Averages and interpolations invent no new extremes, and one voxel thick is the volume itself."""
+    volume = torch.rand(1, 11, 12, 13, generator=torch.Generator().manual_seed(seed))
+    thick = thicken_slices(volume, seed % 3, voxels)
+    assert thick.shape == volume.shape
+    assert volume.min() - 1e-6 <= thick.min()
+    assert thick.max() <= volume.max() + 1e-6
+    torch.testing.assert_close(thicken_slices(volume, 0, 1.0), volume)
+
+
+def test_straight_curve_is_the_identity() -> None:
+    """Knots on the diagonal change nothing, below 0 and above 1 either; 1e-6 is float32."""
+    volume = torch.linspace(-0.5, 2.5, 1000).reshape(1, 10, 10, 10)
+    torch.testing.assert_close(apply_contrast_curve(volume, np.linspace(0, 1, 6)), volume, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_curves_keep_air_dark(seed: int) -> None:
+    """Zero stays zero, nothing in the head gets darker than air, and without flat parts the curve rises."""
+    volume = torch.linspace(0, 2, 513).reshape(1, 27, 19, 1)
+    transform = RandContrastCurved(keys="image", prob=1.0, strength=0.7, flat_prob=1.0).set_random_state(seed)
+    curved = transform({"image": volume})["image"].flatten()
+    assert curved[0] == 0
+    assert (curved[1:] > 0).all()
+    rising = RandContrastCurved(keys="image", prob=1.0, strength=0.7, flat_prob=0.0).set_random_state(seed)
+    assert (rising({"image": volume})["image"].flatten().diff() > 0).all()
+
+
+@pytest.mark.parametrize(("build", "name"), WRONG)
+def test_wrong_ranges_are_refused(build: Callable[[], object], name: str) -> None:
+    """The message names the config's key."""
+    with pytest.raises(InputError, match=name):
+        build()

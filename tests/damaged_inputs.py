@@ -17,12 +17,10 @@ import pickle
 import re
 import resource
 import signal
-import socket
 import struct
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -37,22 +35,15 @@ from conftest import ROOT, TINY_VAE, head
 from monai.bundle import ConfigParser, ConfigWorkflow
 from safetensors.torch import save
 
+from scripts import latents
 from scripts.cohort import check_cohort, read_cohort
-from scripts.latents import (
-    LatentScaling,
-    list_latents,
-    read_header,
-    read_manifest_latents,
-    read_statistics,
-    read_tensor,
-    write_latent,
-)
 from scripts.networks import BrainVAE, load_weights
 from scripts.run import InputError
 from scripts.training import RunCheckpoint
 from scripts.transforms import SourceGrid
 
 Make = Callable[[Path], Any]
+Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
 MOST_BYTES = 4 * 10**9  # that a reader may take on top of what the process holds already
 MOST_SECONDS = 20  # for one case, on a busy machine
 SIDES = (22, 24, 22)  # voxels of 4 mm: 88 x 96 x 88 mm
@@ -64,10 +55,9 @@ DEEP = "[" * 100_000
 
 @dataclass(frozen=True)
 class Case:
-    """One damaged input: class, what was done, key of `READERS`, what writes the files and gives what the reader is
-    called with, what is expected, and what the refusal has to name ("" for the name of the path that `make` gives)."""
+    """What was done, key of `READERS`, what writes the files and gives what the reader is called with, what is
+    expected, and what the refusal has to name ("" for the name of the path that `make` gives)."""
 
-    group: str
     name: str
     reader: str
     make: Make
@@ -91,27 +81,21 @@ def nifti(kind: type = nib.Nifti1Image, dtype: str = "int16") -> bytes:
 
 
 @cache
-def latent_bytes(ending: str) -> bytes:
-    """A latent in the format of an ending."""
-    stream, z = io.BytesIO(), values()
-    if ending == ".safetensors":
-        return save({"z": z})
-    if ending == ".npy":
-        np.save(stream, z.numpy())
-    elif ending == ".npz":
-        np.savez_compressed(stream, z=z.numpy())
-    elif ending == ".pt":
-        torch.save(z, stream)
-    else:
-        raw = nib.Nifti1Image(np.moveaxis(z.numpy(), 0, -1), np.eye(4)).to_bytes()
-        return raw if ending == ".nii" else gzip.compress(raw, mtime=0)
-    return stream.getvalue()
-
-
-@cache
 def values() -> torch.Tensor:
     """A latent."""
     return torch.randn(LATENT, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def latent_bytes(ending: str) -> bytes:
+    """The latent in the format of an ending."""
+    z = values().numpy()
+    image = nib.Nifti1Image(np.moveaxis(z, 0, -1), np.eye(4)).to_bytes()
+    whole = {
+        ".safetensors": save({"z": values()}), ".npz": packed({"z.npy": npy() + z.tobytes()}), ".nii": image,
+        ".nii.gz": gzip.compress(image), ".pt": torch_bytes(values()), ".npy": npy() + z.tobytes(),
+    }  # fmt: skip
+    return whole[ending]
 
 
 @cache
@@ -123,8 +107,7 @@ def state() -> dict[str, torch.Tensor]:
 
 def torch_bytes(content: Any) -> bytes:
     """What `torch.save` writes."""
-    stream = io.BytesIO()
-    torch.save(content, stream)
+    torch.save(content, stream := io.BytesIO())
     return stream.getvalue()
 
 
@@ -141,7 +124,7 @@ def written(name: str, content: bytes | str) -> Make:
 
 
 def beside(name: str, content: bytes | str, scans: tuple[str, ...] = ("a.nii", "b.nii", "sub dir/c.nii")) -> Make:
-    """A table or datalist beside three scans."""
+    """A table or datalist beside scans."""
     return lambda folder: [written(file, content if file == name else nifti())(folder) for file in (*scans, name)][-1]
 
 
@@ -155,9 +138,9 @@ def then(make: Make, *changes: Callable[[Path], Any]) -> Make:
     return lambda folder: (make(folder), *(change(folder) for change in changes))[0]
 
 
-def link(name: str, to: str, give: str = "") -> Make:
+def link(name: str, to: str) -> Make:
     """A link."""
-    return lambda folder: ((folder / name).symlink_to(to), folder / (give or name))[1]
+    return lambda folder: ((folder / name).symlink_to(to), folder / name)[1]
 
 
 def pipe(name: str, give: str = "") -> Make:
@@ -165,18 +148,9 @@ def pipe(name: str, give: str = "") -> Make:
     return lambda folder: (os.mkfifo(folder / name), folder / (give or name))[1]
 
 
-def bound_socket(folder: Path) -> Path:
-    """A socket called a.nii."""
-    with socket.socket(socket.AF_UNIX) as end, contextlib.chdir(folder):
-        end.bind("a.nii")
-    return folder / "a.nii"
-
-
 def flipped(raw: bytes, place: int, bit: int = 7) -> bytes:
     """One bit changed."""
-    content = bytearray(raw)
-    content[place] ^= 1 << bit
-    return bytes(content)
+    return raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :]
 
 
 def header(raw: bytes | None = None, kind: type = nib.Nifti1Header, **fields: Any) -> bytes:
@@ -193,34 +167,12 @@ def bomb(name: str, first: bytes) -> Make:
     return lambda folder: written(name, gzip.compress(first) + gzip.compress(bytes(1 << 26)) * 300)(folder)
 
 
-def deflated(name: str, members: dict[str, tuple[bytes, int]]) -> Make:
-    """An archive whose members go on with so many zeros; what unpacks a bomb first looks at its checksum last."""
-
-    def make(folder: Path) -> Path:
-        with zipfile.ZipFile(folder / name, "w") as archive:
-            for member, (first, n_zeros) in members.items():
-                packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-                blocks = packer.compress(first) + packer.flush(zlib.Z_FULL_FLUSH)
-                if n_zeros:  # blocks of a deflate stream may follow each other any number of times
-                    blocks += (packer.compress(bytes(1 << 26)) + packer.flush(zlib.Z_FULL_FLUSH)) * (n_zeros >> 26)
-                archive.writestr(member, blocks + b"\x03\x00")
-                entry = archive.getinfo(member)
-                entry.compress_type, entry.file_size = zipfile.ZIP_DEFLATED, len(first) + n_zeros
-                entry.CRC = zlib.crc32(first) if not n_zeros else 0
-        return folder / name
-
-    return make
-
-
-def torch_bomb(folder: Path, name: str) -> Path:
-    """A `torch.save` file whose one storage is 5 GB of compressed zeros."""
-    with zipfile.ZipFile(io.BytesIO(torch_bytes({"z": torch.zeros(8)}))) as archive:
-        members = {member: archive.read(member) for member in archive.namelist()}
-    n_bytes = 5 * 2**30
-    # BININT 8 is the storage's length in the pickle; torch asks the archive for the bytes
-    longer = b"\x8a\x05" + struct.pack("<q", n_bytes // 4)[:5]
-    members = {m: raw.replace(b"K\x08", longer) if m.endswith("data.pkl") else raw for m, raw in members.items()}
-    return deflated(name, {m: (raw, n_bytes * m.endswith("data/0")) for m, raw in members.items()})(folder)
+def packed(members: dict[str, bytes]) -> bytes:
+    """A compressed archive."""
+    with zipfile.ZipFile(stream := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
 
 
 def npy(shape: Any = LATENT, descr: Any = "<f4") -> bytes:
@@ -230,9 +182,9 @@ def npy(shape: Any = LATENT, descr: Any = "<f4") -> bytes:
     return stream.getvalue()
 
 
-def safetensors(shape: list[int], end: int, dtype: str = "F32") -> bytes:
+def safetensors(shape: list[int], end: int) -> bytes:
     """A safetensors file with a header of our own and 16 bytes of data."""
-    text = json.dumps({"z": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}})
+    text = json.dumps({"z": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}})
     return struct.pack("<Q", len(text)) + text.encode() + bytes(16)
 
 
@@ -258,17 +210,16 @@ def latent_file(**changes: Any) -> Make:
 
     def make(folder: Path) -> Path:
         fields = {key: value for key, value in (HEADER | changes).items() if value is not None}
-        write_latent(folder / "x_latent.safetensors", values(), torch.zeros(LATENT), fields)
+        latents.write_latent(folder / "x_latent.safetensors", values(), torch.zeros(LATENT), fields)
         return folder / "x_latent.safetensors"
 
     return make
 
 
-def latent_folder(*entries: Any, **changes: Any) -> Make:
-    """A folder of one latent whose manifest has these lines: objects as JSON, texts and bytes as they are."""
-    lines = [e if isinstance(e, bytes) else (e if isinstance(e, str) else json.dumps(e)).encode() for e in entries]
-    manifest = written("manifest.jsonl", b"\n".join(lines) + b"\n")
-    return lambda folder: (latent_file(**changes)(folder), manifest(folder).parent)[1]
+def latent_folder(entry: Any, **changes: Any) -> Make:
+    """A folder of one latent whose manifest has one line: an object as JSON, texts and bytes as they are."""
+    line = entry if isinstance(entry, (bytes, str)) else json.dumps(entry)
+    return lambda folder: (latent_file(**changes)(folder), written("manifest.jsonl", line)(folder).parent)[1]
 
 
 def a_job(config: str, **more: Any) -> Make:
@@ -277,252 +228,200 @@ def a_job(config: str, **more: Any) -> Make:
     return lambda folder: (config, {"dataset_dir": str(scan(folder)), "output_dir": str(folder / "out"), **more})
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table: reader, file or what a refusal names, what is expected, what was done and content or builder ---------
 # fmt: off
 
 
-def scans() -> Iterator[tuple[str, str, str, dict[str, Any], str]]:
-    """Class, reader, file, what was done and how or with what content, and what is expected."""
-    raw, packed, mgh = nifti(), gzip.compress(nifti(), mtime=0), nib.MGHImage(head(0, SIDES), AFFINE).to_bytes()
-    yield "cut", "scan", "a.nii", {"in the header": raw[:200], "by one byte": raw[:-1],
-                                   "NIfTI-2 header": nifti(nib.Nifti2Image)[:348]}, "refused"
-    yield "cut", "scan", "a.nii.gz", {"in the middle": packed[: len(packed) // 2], "in the checksum": packed[:-5],
-                                      "before it was compressed": gzip.compress(raw[:20000])}, "refused"
-    yield "cut", "scan", "a.mgh", {"MGH header": mgh[:28], "MGH voxels": mgh[:20000]}, "refused"
-    yield "cut", "scan", "a.mgh", {"MGH footer": mgh[: 284 + 2 * 22 * 24 * 22]}, "same"
+def scans() -> Rows:
+    """Scans cut off, with bits flipped, of another format, absurd, compressed without end, misplaced."""
+    raw, zipped, mgh = nifti(), gzip.compress(nifti(), mtime=0), nib.MGHImage(head(0, SIDES), AFFINE).to_bytes()
     # The highest bit of a field's last byte is a number's sign, or the highest of a text; what is not named here is
     # the same. Without its code the sform is not looked at, and the scan lies elsewhere.
-    fields = {"datatype": "refused", "vox_offset": "refused", "scl_slope": "refused", "magic": "refused",
-              "sform_code": "other"}
+    fields = {**dict.fromkeys(("datatype", "vox_offset", "scl_slope", "magic"), "refused"), "sform_code": "other"}
     for name, (dtype, offset, *_) in nib.Nifti1Header.template_dtype.fields.items():
-        yield "bit", "scan", "a.nii", {name: flipped(raw, offset + dtype.itemsize - 1)}, fields.get(name, "same")
-    yield "bit", "scan", "a.nii", {"voxel, no checksum": flipped(raw, 9999)}, "other"
-    yield "bit", "scan", "a.nii.gz", {"voxel, a checksum": flipped(gzip.compress(raw, 0), 9999)}, "refused"
-    formats = {"nothing": b"", "zeros": bytes(40000), "HTML": b"<html>404</html>", "PNG": b"\x89PNG\r\n\x1a\n",
-               "DICOM": bytes(128) + b"DICM" + bytes(300), "a pickle": pickle.dumps(Trap()), "MGH": mgh,
-               "gzip twice": gzip.compress(packed), "no magic": header(magic=b"")}
-    yield "format", "scan", "a.nii", {**formats, "gzip": packed}, "refused"
-    yield "format", "scan", "a.nii.gz", {**formats, "not compressed": raw, "garbage": packed + b"garbage"}, "refused"
-    yield "format", "scan", "A.NII.GZ", {"capitals": packed}, "same"
-    yield "format", "scan", "a.nii.gz", {"two members": gzip.compress(raw[:999]) + gzip.compress(raw[999:])}, "same"
-    yield "format", "scan", "a.nii", {"magic ni1": header(magic=b"ni1"), "zeros behind": raw + bytes(999)}, "same"
-    dims = {"huge": [3, *[32767] * 3], "1000 cubed": [3, *[1000] * 3], "negative": [3, -22, 24, 22], "8 axes": [8],
-            "zero": [3, 0, 24, 22], "2 axes": [2, *SIDES], "time": [4, 22, 24, 11, 2], "slice": [3, 22, 528, 1],
-            "one more": [3, 22, 24, 23]}
-    for what, dim in dims.items():
-        content = header(dim=[*dim, *[1] * (8 - len(dim))])
-        yield "sides", "scan", "a.nii", {what: content}, "refused"
-        yield "sides", "scan", "a.nii.gz", {f"{what}, gzip": gzip.compress(content)}, "refused"
-    vast = header(nifti(nib.Nifti2Image), nib.Nifti2Header, dim=[3, *[2**62] * 3, 1, 1, 1, 1])
-    yield "sides", "scan", "a.nii", {"2^62 cubed": vast, "voxels in the header": header(vox_offset=300),
-                                     "voxels at NaN": header(vox_offset=np.nan)}, "refused"
-    yield "sides", "scan", "a.mgh", {"MGH": mgh[:4] + struct.pack(">3i", *[2**31 - 1] * 3) + mgh[16:]}, "refused"
-    extension = header(vox_offset=2**31)[:348] + struct.pack("<4bii", 1, 0, 0, 0, 2**31 - 16, 6)
-    large = header(dim=[3, 1000, 1000, 1000, 1, 1, 1, 1])
-    yield "bomb", "scan", "", {"behind": bomb("a.nii.gz", raw), "extension of 2 GB": bomb("a.nii.gz", extension),
-                               "1000 cubed": bomb("a.nii.gz", large)}, "refused"
+        yield "scan", "a.nii", fields.get(name, "same"), {name: flipped(raw, offset + dtype.itemsize - 1)}
+    dims = {"huge": [3, *[32767] * 3], "1000 cubed": [3, *[1000] * 3], "8 axes": [8], "one more": [3, 22, 24, 23]}
     x, y, z = [-4.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 4.0, 0]
-    sform = lambda *rows, **more: header(  # noqa: E731
-        sform_code=1, **dict(zip(("srow_x", "srow_y", "srow_z"), rows, strict=False)), **more)
-    qform = partial(header, sform_code=0, qform_code=1)
-    yield "affine", "scan", "a.nii", {
-        "NaN": sform(np.nan), "infinite origin": sform([-4.0, 0, 0, np.inf], y, z), "equal rows": sform(x, x, z),
-        "almost singular": sform(x, [-4.0, 1e-7, 0, 0], z), "400 mm": sform([400, 0, 0, 0], y, z),
-        "metres": sform([-0.004, 0, 0, 0], [0, 0.004, 0, 0], [0, 0, 0.004, 0]), "quaternion": qform(quatern_b=5.0),
-        "zooms NaN": qform(pixdim=np.nan), "contradiction": sform(x, y, z, pixdim=[1, 3, 3, 3, 1, 1, 1, 1]),
-        "no code, zooms 0": header(sform_code=0, qform_code=0, pixdim=0)}, "refused"
-    yield "affine", "scan", "a.nii", {
-        "zooms NaN beside a sform": sform(x, y, z, pixdim=np.nan), "rounded sform": sform([-3.9999, 0, 0, 0], y, z),
-        "negative zooms": qform(pixdim=[-1, -4, 4, 4, 1, 1, 1, 1]), "units of 255": header(xyzt_units=255)}, "same"
-    yield "affine", "scan", "a.nii", {
-        "turned": sform([-4 * 0.75**0.5, -2, 0, 0], [-2, 4 * 0.75**0.5, 0, 0], z), "code -1": header(sform_code=-1),
-        "no code": header(sform_code=0, qform_code=0, pixdim=[1.0, 4, 4, 4, 1, 1, 1, 1])}, "other"
-    big = nib.Nifti1Image(head(0, SIDES), AFFINE, nib.Nifti1Header(endianness=">")).to_bytes()
-    yield "values", "scan", "a.nii", {
-        "uint16": nifti(dtype="uint16"), "float64": nifti(dtype="float64"), "big-endian": big,
-        "slope NaN": header(scl_slope=np.nan), "slope 0": header(scl_slope=0), "slope 1e-45": header(scl_slope=1e-45),
-        "slope 1e30": header(scl_slope=1e30, scl_inter=0)}, "same"
-    yield "values", "scan", "a.nii", {
-        **{f"type {code}": header(datatype=code) for code in (0, 32, 128, 1536, 9999)},
-        "slope 1e38": header(scl_slope=1e38, scl_inter=0), "slope -1": header(scl_slope=-1, scl_inter=0),
-        "intercept NaN": header(scl_slope=1, scl_inter=np.nan)}, "refused"
-    plain = ["with space", "'quotes\"", "$HOME$(id)", "@image", "%run", "#1", "[1]", "-dash", "~nobody", "Ju\u0308rgen",
+    sform, qform = partial(header, sform_code=1), partial(header, sform_code=0, qform_code=1)
+    yield "scan", "a.nii", "refused", {
+        **{what: header(dim=[*dim, *[1] * (8 - len(dim))]) for what, dim in dims.items()},
+        "NIfTI-2 header": nifti(nib.Nifti2Image)[:348], "voxels in the header": header(vox_offset=300),
+        "voxels at NaN": header(vox_offset=np.nan), "DICOM": bytes(128) + b"DICM" + bytes(300), "MGH": mgh,
+        "pickle": pickle.dumps(Trap()), "no magic": header(magic=b""), "gzip": zipped, "infinite": sform(srow_x=np.inf),
+        "almost singular": sform(srow_x=x, srow_y=[-4.0, 1e-7, 0, 0], srow_z=z), "quaternion": qform(quatern_b=5.0),
+        "contradiction": sform(srow_x=x, srow_y=y, srow_z=z, pixdim=[1, 3, 3, 3, 1, 1, 1, 1]),
+        "zooms NaN": qform(pixdim=np.nan), "intercept NaN": header(scl_slope=1, scl_inter=np.nan),
+        "slope 1e38": header(scl_slope=1e38, scl_inter=0), "code 9999": header(datatype=9999)}
+    extension = header(vox_offset=2**31)[:348] + struct.pack("<4bii", 1, 0, 0, 0, 2**30, 6)
+    yield "scan", "a.nii.gz", "refused", {
+        "middle": zipped[: len(zipped) // 2], "cut before": gzip.compress(raw[:20000]), "twice": gzip.compress(zipped),
+        "garbage": zipped + b"garbage", "bit": flipped(gzip.compress(raw, 0), 9999), "bomb": bomb("a.nii.gz", raw),
+        "extension of 2 GB": bomb("a.nii.gz", extension),
+        "1000 cubed bomb": bomb("a.nii.gz", header(dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]))}
+    yield "scan", "a.mgh", "refused", {"header": mgh[:28], "cubed": mgh[:4] + b"\x7f\xff\xff\xff" * 3 + mgh[16:]}
+    yield "scan", "a.mgh", "same", {"no footer": mgh[: 284 + 2 * 22 * 24 * 22]}
+    yield "scan", "a.nii", "same", {
+        "magic ni1": header(magic=b"ni1"), "zeros behind": raw + bytes(999), "float64": nifti(dtype="float64"),
+        "big-endian": nib.Nifti1Image(head(0, SIDES), AFFINE, nib.Nifti1Header(endianness=">")).to_bytes(),
+        "slope NaN": header(scl_slope=np.nan), "slope 0": header(scl_slope=0), "slope tiny": header(scl_slope=1e-45),
+        "zooms NaN beside a sform": sform(srow_x=x, srow_y=y, srow_z=z, pixdim=np.nan),
+        "rounded sform": sform(srow_x=[-3.9999, 0, 0, 0], srow_y=y, srow_z=z)}
+    yield "scan", "A.NII.GZ", "same", {"two members": gzip.compress(raw[:999]) + gzip.compress(raw[999:])}
+    turned = sform(srow_x=[-4 * 0.75**0.5, -2, 0, 0], srow_y=[-2, 4 * 0.75**0.5, 0, 0], srow_z=z)
+    yield "scan", "a.nii", "other", {"turned": turned, "code -1": header(sform_code=-1), "bit": flipped(raw, 9999)}
+    names = ["with space", "'q\"", "$HOME$(id)", "@image", "%run", "#1", "[1]", "-dash", "~nobody", "Ju\u0308rgen",
              "🧠", "\u202egpj", "n" * 251, "é" * 125, "<script>", "2024", "None", "a.nii", "sub-", " "]
-    yield "name", "scan", "", {name: written(f"{name}.nii", raw) for name in plain}, "same"
-    yield "name", "latent", "", {f"latent {n}": written(f"{n}.npy", latent_bytes(".npy")) for n in plain}, "same"
+    yield "scan", "", "same", {f"name {name}": written(f"{name}.nii", raw) for name in names}
+    yield "latent", "", "same", {f"name {name}": written(f"{name}.npy", latent_bytes(".npy")) for name in names}
     odd = {"line end": "a\nb", "escape": "\x1b[31mred", "backslash": "back\\slash", "latin-1": os.fsdecode(b"a\xe9")}
-    yield "name", "scan", "", {what: written(f"{name}.nii", raw) for what, name in odd.items()}, "refused"
+    yield "scan", "", "refused", {what: written(f"{name}.nii", raw) for what, name in odd.items()}
 
 
-def cohorts() -> Iterator[tuple[str, str, str, dict[str, Any], str]]:
+def cohorts() -> Rows:
     """Tables, datalists, BIDS roots, and what stands where a file is expected."""
-    image = "image\na.nii\nb.nii\nsub dir/c.nii\n"
-    listed = {"quote that never ends": 'image\n"a.nii\n' + "x" * 3000, "field of 200 KB": "image\n" + "x" * 200_000,
-              "path of 5000": "image\n" + "x" * 5000 + ".nii\n", "NUL": "image\na.nii\0\n", "binary": nifti(),
-              "~nobody": "image\n~nobody/a.nii\n", "URL": "image\nhttps://example.org/a.nii\n", "deep": DEEP,
-              "an empty path": "image,x\n,1\n", "itself": "image\n./t.csv\n", "slash": "image,subject\na.nii,a/b\n",
-              "line end": 'image,subject\na.nii,"x\ny"\n', "tabs": "image\tsubject\na.nii\ts\n"}
-    yield "table", "cohort", "", {what: beside("t.csv", text) for what, text in listed.items()}, "refused"
-    read = {"spaces": " image \n a.nii \nb.nii\n  sub dir/c.nii\n", "quotes": image.replace("a.nii", '"a.nii"'),
-            "up and down": "image\nsub dir/../a.nii\n./b.nii\nsub dir//c.nii\n", "old Mac": image.replace("\n", "\r"),
-            "mark": f"\ufeff{image}"}
-    yield "table", "cohort", "", {what: beside("t.csv", text) for what, text in read.items()}, "same"
-    rest = ', "b.nii", "sub dir/c.nii"]'
-    listed = {"deep": DEEP, "deep inside": f'[{{"image": "a.nii", "x": {DEEP}', "null": '["a.nii", null]',
-              "surrogate": '["\\ud800.nii"]', "surrogate id": '[{"image": "a.nii", "subject": "\\ud800"}]',
-              "NUL": '["a.nii\\u0000"]', "path of 5000": json.dumps(["x" * 5000]), "comma": '["a.nii",]',
-              "empty": '[{"image": ""}]', "split 5": '[{"image": "a.nii", "split": 5}]', "two": '["a.nii"]["b.nii"]'}
-    for number, text in enumerate(("../../x", "..", "a/b", "a\\b", "x\ny", "x\0y", "x\x7f")):
-        listed[f"outward {number}"] = json.dumps([{"image": "a.nii", "subject": text}])
-        listed[f"outward {number}, session"] = json.dumps([{"image": "a.nii", "session": text}])
-    yield "datalist", "cohort", "", {what: beside("t.json", text) for what, text in listed.items()}, "refused"
-    read = {"mark": '\ufeff["a.nii"' + rest, "escapes": '["\\u0061.nii"' + rest,
-            "long": f'[{{"image": "a.nii", "age": {"9" * 5000}}}{rest}', "twice": '[{"image": 3, "image": "a.nii"}' + rest,
-            "NaN": f'[{{"image": "a.nii", "age": NaN}}{rest}',
-            "one object": '{"training": {"image": "a.nii"}, "test": ["b.nii", "sub dir/c.nii"], "x": 3}',
-            **{f"subject {s}": json.dumps([{"image": "a.nii", "subject": s}])[:-1] + rest for s in ("-rf", "<b>", "脳")}}
-    yield "datalist", "cohort", "", {what: beside("t.json", text) for what, text in read.items()}, "same"
-    start, rows = "participant_id\tgroup\n", "sub-01\ta\nsub-02\tb\n"
-    tables = {"binary": nifti(), "NUL": f"{start}sub-01\t\0\n", "commas": "participant_id,group\nsub-01,a\n",
-              "two columns": "participant_id\tgroup\tgroup\nsub-01\ta\tb\n", "long row": f"{start}sub-01\ta\tb\n"}
-    yield "BIDS participants.tsv", "label", "", {w: partial(bids, table=t) for w, t in tables.items()}, "refused"
-    read = {"no scan": f"{start}{rows}sub-99\tc\n", "mark": f"\ufeff{start}{rows}", "no sub-": f"{start}01\ta\n02\tb\n"}
-    yield "BIDS", "label", "", {what: partial(bids, table=text) for what, text in read.items()}, "same"
-    yield "BIDS", "label", "", {
-        "anat is a file": then(bids, lambda f: (f / "sub-03").mkdir(), lambda f: (f / "sub-03/anat").touch()),
-        "a file as subject": then(bids, lambda f: (f / "sub-03").touch()),
-        "hidden": then(bids, lambda f: (f / "sub-01/anat/._sub-01_T1w.nii").touch())}, "same"
-    yield "BIDS listed twice", "label", "", {"linked": then(bids, link("sub-03", "sub-01"))}, "refused"
-    table = written("t.csv", "image\na.nii\n")
+    image, rest = "image\na.nii\nb.nii\nsub dir/c.nii\n", ', "b.nii", "sub dir/c.nii"]'
+    refused = {"quote": 'image\n"a.nii\n' + "x" * 3000, "field": "image\n" + "x" * 200_000, "deep": DEEP,
+               "binary": nifti(), "path": "image\n" + "x" * 5000 + ".nii\n", "NUL": "image\na.nii\0\n", "user": "image\n~nobody/a.nii\n",
+               "itself": "image\n./t.csv\n", "line end": 'image,subject\na.nii,"x\ny"\n'}
+    same = {"spaces": " image \n a.nii \nb.nii\n  sub dir/c.nii\n", "quotes": image.replace("a.nii", '"a.nii"'),
+            "up and down": "image\nsub dir/../a.nii\n./b.nii\nsub dir//c.nii\n", "old Mac": image.replace("\n", "\r")}
+    yield "cohort", "", "refused", {f"table: {what}": beside("t.csv", text) for what, text in refused.items()}
+    yield "cohort", "", "same", {f"table: {what}": beside("t.csv", text) for what, text in same.items()}
+    refused = {"deep": DEEP, "null": '["a.nii", null]', "surrogate": '["\\ud800.nii"]', "NUL": '["a.nii\\u0000"]',
+               "surrogate id": '[{"image": "a.nii", "subject": "\\ud800"}]', "path": json.dumps(["x" * 5000]),
+               "two documents": '["a.nii"]["b.nii"]', "split 5": '[{"image": "a.nii", "split": 5}]'}
+    outward = ("../../x", "..", "a/b", "a\\b", "x\ny", "x\0y", "x\x7f")
+    refused |= {f"{key} {ascii(text)}": json.dumps([{"image": "a.nii", key: text}])
+                for text in outward for key in ("subject", "session")}
+    same = {"mark": '\ufeff["a.nii"' + rest, "long": f'[{{"image": "a.nii", "age": {"9" * 5000}}}{rest}',
+            "twice": '[{"image": 3, "image": "a.nii"}' + rest, "NaN": '[{"image": "a.nii", "age": NaN}' + rest,
+            **{f"subject {s}": f'[{{"image": "a.nii", "subject": "{s}"}}{rest}' for s in ("-rf", "<b>", "脳")}}
+    yield "cohort", "", "refused", {f"datalist: {what}": beside("t.json", text) for what, text in refused.items()}
+    yield "cohort", "", "same", {f"datalist: {what}": beside("t.json", text) for what, text in same.items()}
+    start = "participant_id\tgroup\n"
+    refused = {"NUL": f"{start}sub-01\t\0\n", "two columns": "participant_id\tgroup\tgroup\nsub-01\ta\tb\n"}
+    yield "label", "participants.tsv", "refused", {what: partial(bids, table=t) for what, t in refused.items()}
+    yield "label", "listed twice", "refused", {"a subject linked": then(bids, link("sub-03", "sub-01"))}
+    yield "label", "", "same", {
+        "no scan": partial(bids, table=f"{start}sub-01\ta\nsub-02\tb\nsub-99\tc\n"),
+        "anat is a file": then(bids, lambda f: (f / "sub-03").mkdir(), lambda f: (f / "sub-03/anat").touch())}
     scan = {"link to itself": link("a.nii", "a.nii"), "pipe": pipe("a.nii"), "zeros": link("a.nii", "/dev/zero"),
-            "null": link("a.nii", "/dev/null"), "memory": link("a.nii", "/proc/self/mem"), "socket": bound_socket}
-    yield "special", "scan", "", scan, "refused"
-    yield "special a.nii", "scan", "", {f"{what}, listed": then(table, make) for what, make in scan.items()}, "refused"
+            "null": link("a.nii", "/dev/null"), "memory": link("a.nii", "/proc/self/mem")}
+    yield "scan", "", "refused", scan
+    table = written("t.csv", "image\na.nii\n")
+    yield "scan", "a.nii", "refused", {f"listed: {what}": then(table, make) for what, make in scan.items()}
     for reader, name in (("cohort", "t.csv"), ("cohort", "t.json"), ("latent", "x.npy"), ("latent", "x.pt"),
                          ("latent", "x.safetensors"), ("latent", "x.nii"), ("statistics", "latent_stats.json"),
                          ("header", "x_latent.safetensors"), ("weights", "w.pt")):
-        yield "special", reader, "", {f"pipe {name}": pipe(name), f"zeros {name}": link(name, "/dev/zero")}, "refused"
-    yield "special manifest.jsonl", "folder", "", {"pipe": pipe("manifest.jsonl", ".")}, "refused"
-    yield "special", "scan", "", {"loop": then(written("a.nii", nifti()), link("up", "."))}, "same"
+        yield reader, "", "refused", {f"pipe {name}": pipe(name), f"zeros {name}": link(name, "/dev/zero")}
+    yield "folder", "manifest.jsonl", "refused", {"pipe": pipe("manifest.jsonl", ".")}
+    yield "scan", "", "same", {"loop": then(lambda f: written("x/a.nii", nifti())(f).parent, link("x/up", ".."))}
 
 
-def latents() -> Iterator[tuple[str, str, str, dict[str, Any], str]]:
+def latent_files() -> Rows:
     """Single latents in every format, and the folders that encoding leaves."""
-    z, numbers = values(), npy() + values().numpy().tobytes()
+    z, image = values(), nib.Nifti1Image(np.moveaxis(values().double().numpy(), 0, -1), np.eye(4)).to_bytes()
     for ending in ENDINGS:
         raw = latent_bytes(ending)
-        contents = {"half": raw[: len(raw) // 2], "by one": raw[:-1], "HTML": b"<html>404</html>", "zeros": bytes(5000),
-                    "pickle": pickle.dumps(Trap()), "nothing": b""}
-        yield "latent", "latent", f"x{ending}", {f"{ending} {what}": c for what, c in contents.items()}, "refused"
-    tensors = {"NaN": z * np.nan, "complex": z.to(torch.complex64), "bool": z > 0, "overflow": z.double() * 1e300,
-               "two": {"a": z, "b": z}, "list": [z], "number": 3.0, "sparse": z.to_sparse(), "meta": z.to("meta"),
-               "network": {"mu": Trap()}, "expanded": torch.zeros(1).expand(10**12)}
-    yield "latent", "latent", "x.pt", {what: torch_bytes(content) for what, content in tensors.items()}, "refused"
-    tensors = {"float64": z.double(), "dict": {0: z}, "named": {"z": z, "x": 3}, "parameter": torch.nn.Parameter(z)}
-    yield "latent", "latent", "x.pt", {what: torch_bytes(content) for what, content in tensors.items()}, "same"
-    heads = {"10^12": npy((10**12,)), "2^65": npy((2**62, 8)), "negative": npy((-1, 3)), "objects": npy(descr="|O"),
-             "texts": npy((1,), "<U500000000"), "records": npy(descr=[("a", "<f4")]), "dates": npy(descr="<M8[s]"),
-             "code": npy().replace(b"False", b"print"), "brackets": b"\x93NUMPY\x01\x00\xf0\x20" + b"(" * 8432,
+        yield "latent", f"x{ending}", "refused", {"half": raw[: len(raw) // 2], "by one": raw[:-1], "nothing": b"",
+                                                  "zeros": bytes(5000), "pickle": pickle.dumps(Trap())}
+    refused = {"NaN": z * np.nan, "complex": z.to(torch.complex64), "bool": z > 0, "overflow": z.double() * 1e300,
+               "two": {"a": z, "b": z}, "list": [z], "sparse": z.to_sparse(), "meta": z.to("meta"),
+               "trap": {"z": Trap()}, "expanded": torch.zeros(1).expand(10**12)}
+    yield "latent", "x.pt", "refused", {what: torch_bytes(content) for what, content in refused.items()}
+    same = {"float64": z.double(), "dict": {0: z}, "named": {"z": z, "x": 3}, "parameter": torch.nn.Parameter(z)}
+    yield "latent", "x.pt", "same", {what: torch_bytes(content) for what, content in same.items()}
+    heads = {"10^12": npy((10**12,)), "7 GB": npy((9 * 10**8,), "<f8"), "negative": npy((-1, 3)),
+             "objects": npy(descr="|O"), "texts": npy((1,), "<U500000000"), "code": npy().replace(b"False", b"print"),
              "4 GB": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(99)}
-    for what, content in heads.items():
-        yield "latent declares", "latent", "x.npy", {what: content + bytes(1440)}, "refused"
-        yield "latent", "latent", "", {f"npz {what}": deflated("x.npz", {"z.npy": (content + bytes(1440), 0)})}, "refused"
-    yield "latent declares", "latent", "x.safetensors", {
-        "2^63 bytes": struct.pack("<Q", 2**63), "no JSON": struct.pack("<Q", 4) + b"{]}{", "type": safetensors([4], 16, "F"),
-        "past the end": safetensors([10**6], 4 * 10**6), "disagreeing": safetensors([3], 8),
-        "10^18": safetensors([10**18], 16), "2^126": safetensors([2**63, 2**63], 16)}, "refused"
-    image = nib.Nifti1Image(np.moveaxis(z.numpy(), 0, -1).astype(np.float64), np.eye(4)).to_bytes()
-    large = header(image, dim=[4, 500, 500, 500, 4, 1, 1, 1])
-    yield "bomb", "latent", "", {
-        "NIfTI": bomb("x.nii.gz", large), "NIfTI goes on": bomb("x.nii.gz", image), "torch": partial(torch_bomb, name="x.pt"),
-        "npz": deflated("x.npz", {"z.npy": (npy((9 * 10**8,), "<f8"), 7 * 2**30)}),
-        "npz text": deflated("x.npz", {"z.npy": (npy((), "<U2000000000"), 0)})}, "refused"
-    yield "bomb", "latent", "", {"npz goes on": deflated("x.npz", {"../z.npy": (numbers, 2**30)})}, "same"
-    fields = {"shape": [[10**5] * 3, [1600] * 3, [-1, 2, 3], [22, 24], "22", [22.5, 24, 22]],
-              "affine": [[[np.nan] * 4] * 4, [[0.0] * 4] * 4, np.eye(3).tolist(), "eye"], "codes": [["a", "b"], [1], [9, 9]],
-              "units": [["parsec", "sec"]]}
-    changes = [{f"source_{key}": option} for key, options in fields.items() for option in options]
-    changes += [{"intensity_factor": v} for v in (float("nan"), "7")] + [{"model_affine": [[0.0] * 4] * 4}]
-    yield "header", "header", "", {str(change): latent_file(**change) for change in changes}, "refused"
-    yield "header", "header", "", {"no grid": latent_file(**dict.fromkeys(SourceGrid.__dataclass_fields__))}, "other"
-    yield "header x_latent", "folder", "", {"no record": latent_folder(ENTRY, name=None)}, "refused"
-    lines = ["{", "[]", "null", {"split": "train"}, {**ENTRY, "file": 3}, {**ENTRY, "file": "x\0"}, DEEP,
-             b'{"file": "\xff"}', {**ENTRY, "file": "../x"}, {**ENTRY, "file": "/etc/passwd"}, {**ENTRY, "name": "../x"},
-             {key: ENTRY[key] for key in ("file", "name", "split")}, {**ENTRY, "file": "\ud800"}]
-    yield "manifest.jsonl", "folder", "", {str(n): latent_folder(line) for n, line in enumerate(lines)}, "refused"
-    yield "manifest.jsonl", "folder", "", {"gone": latent_file()}, "refused"
-    yield "y_latent", "folder", "", {"gone": latent_folder({**ENTRY, "file": "y_latent.safetensors"})}, "refused"
-    scale = lambda channel, overall=1.0: json.dumps(  # noqa: E731
-        {**STATISTICS, "scale_factor": {"channel": channel, "overall": overall}})
-    yield "statistics", "statistics", "latent_stats.json", {
+    yield "latent", "x.npy", "refused", {what: content + bytes(1440) for what, content in heads.items()}
+    heads["7 GB"] += bytes(1 << 27)
+    yield "latent", "x.npz", "refused", {w: packed({"z.npy": content + bytes(1440)}) for w, content in heads.items()}
+    yield "latent", "x.npz", "same", {"path": packed({"../z.npy": npy() + z.numpy().tobytes() + bytes(1 << 27)})}
+    yield "latent", "x.safetensors", "refused", {
+        "2^63 bytes": struct.pack("<Q", 2**63), "no JSON": struct.pack("<Q", 4) + b"{]}{",
+        "10^18": safetensors([10**18], 16), "past the end": safetensors([10**6], 4 * 10**6), "disagreeing": safetensors([3], 8)}
+    yield "latent", "x.nii.gz", "refused", {
+        "4 GB": bomb("x.nii.gz", header(image, dim=[4, 500, 500, 500, 4, 1, 1, 1])), "bomb": bomb("x.nii.gz", image)}
+    fields: dict[str, list[Any]] = {
+        "source_shape": [[10**5] * 3, [1600] * 3, [-1, 2, 3], [22, 24], "22", [22.5, 24, 22]],
+        "source_affine": [[[np.nan] * 4] * 4, [[0.0] * 4] * 4, np.eye(3).tolist(), "eye"],
+        "source_codes": [["a", "b"], [1], [9, 9]], "source_units": [["parsec", "sec"]],
+        "intensity_factor": [float("nan"), "7"], "model_affine": [[[0.0] * 4] * 4]}
+    yield "header", "", "refused", {f"{key} {option}": latent_file(**{key: option})
+                                    for key, options in fields.items() for option in options}
+    yield "header", "", "other", {"no grid": latent_file(**dict.fromkeys(SourceGrid.__dataclass_fields__))}
+    yield "folder", "x_latent", "refused", {"no record": latent_folder(ENTRY, name=None)}
+    yield "folder", "y_latent", "refused", {"gone": latent_folder({**ENTRY, "file": "y_latent.safetensors"})}
+    lines = ["{", "[]", "null", DEEP, b'{"file": "\xff"}', {"split": "train"}, {**ENTRY, "name": "../x"},
+             *({**ENTRY, "file": file} for file in (3, "", "x\0", "\ud800", "../x", "/etc/passwd"))]
+    yield "folder", "manifest.jsonl", "refused", {str(n): latent_folder(line) for n, line in enumerate(lines)}
+
+    def scale(channel: Any, overall: Any = 1.0) -> str:
+        return json.dumps({**STATISTICS, "scale_factor": {"channel": channel, "overall": overall}})
+
+    yield "statistics", "latent_stats.json", "refused", {
         "empty": "", "cut": json.dumps(STATISTICS)[:40], "list": "[]", "nothing": "{}", "NaN": scale([np.nan] * 4),
-        "0": scale([0.0] * 4), "texts": scale(["a"] * 4), "null": scale(None), "none": scale([]), "deep": DEEP,
+        "0": scale([0.0] * 4), "texts": scale(["a"] * 4), "none": scale([]), "deep": DEEP,
         "overall": scale([1.0] * 4, "x"), "digits": scale([1.0] * 4).replace("1.0]", "9" * 5000 + "]"),
-        "shift": json.dumps({**STATISTICS, "shift": {"channel": [0.0] * 5, "overall": 0.0}})}, "refused"
+        "shift": json.dumps({**STATISTICS, "shift": {"channel": [0.0] * 5, "overall": 0.0}})}
 
 
-def networks() -> Iterator[tuple[str, str, str, dict[str, Any], str]]:
+def networks() -> Rows:
     """Weights, checkpoints, and keys of the configs."""
-    first = next(iter(state()))
-    for ending, raw in ((".pt", torch_bytes(state())), (".safetensors", save(state()))):
-        contents = {"nothing": b"", "half": raw[: len(raw) // 2], "by one": raw[:-1], "HTML": b"<!doctype html>",
-                    "pickle": pickle.dumps(Trap())}
-        yield "weights", "weights", f"w{ending}", {f"{ending} {what}": c for what, c in contents.items()}, "refused"
-    contents = {"{}": {}, "list": [1], "None": None, "missing": {k: v for k, v in state().items() if k != first},
-                "too many": {**state(), "x": values()}, "shape": {**state(), first: values()}, "trap": Trap(),
-                "numbers": dict.fromkeys(state(), 1.0), "meta": {**state(), first: state()[first].to("meta")},
-                "sparse": {**state(), first: state()[first].to_sparse()}, "optimizer": {"optimizer": {"state": {}}},
-                "NaN": {k: v * np.nan for k, v in state().items()}, "infinite": {k: v / 0 for k, v in state().items()},
-                "complex": {k: v.to(torch.complex64) for k, v in state().items()},
-                "expanded": {**state(), "x": torch.zeros(1).expand(10**12)}}
-    yield "weights", "weights", "w.pt", {what: torch_bytes(content) for what, content in contents.items()}, "refused"
-    contents = {"float64": {k: v.double() for k, v in state().items()}, "under model": {"model": state(), "epoch": 3}}
-    yield "weights", "weights", "w.pt", {what: torch_bytes(content) for what, content in contents.items()}, "same"
-    yield "bomb", "weights", "", {"torch": partial(torch_bomb, name="w.pt")}, "refused"
-    good = {"epoch": 3, "epoch_length": 5, "processes": 1, "objects": {"network": state()}, "best_metric": 0.5,
-            "best_metric_epoch": 2, "early_stop": None}
-    contents = {**{f"no {key}": {k: v for k, v in good.items() if k != key} for key in good if key != "processes"},
-                "list": [], "state dict": state(), "trap": Trap(), "epoch": {**good, "epoch": "3"},
-                "objects": {**good, "objects": {"network": {}}}, "length": {**good, "epoch_length": 7},
-                "best": {**good, "best_metric": "x"}}
-    saved = {what: torch_bytes(content) for what, content in contents.items()}
-    yield "checkpoint", "checkpoint", "epoch_0003.pt", {**saved, "cut": torch_bytes(good)[:-1], "none": b""}, "refused"
+    good, first = state(), next(iter(state()))
+    for name, raw in (("w.pt", torch_bytes(good)), ("w.safetensors", save(good))):
+        yield "weights", name, "refused", {"nothing": b"", "half": raw[: len(raw) // 2], "by one": raw[:-1],
+                                           "HTML": b"<!doctype html>", "pickle": pickle.dumps(Trap())}
+    with zipfile.ZipFile(io.BytesIO(torch_bytes(good))) as archive:
+        compressed = packed({name: archive.read(name) for name in archive.namelist()})
+    yield "weights", "w.pt", "refused", {"compressed": compressed}
+    yield "latent", "x.pt", "refused", {"compressed": compressed}
+    refused = {"{}": {}, "list": [1], "None": None, "missing": {k: v for k, v in good.items() if k != first},
+               "too many": {**good, "x": values()}, "shape": {**good, first: values()}, "trap": Trap(),
+               "numbers": dict.fromkeys(good, 1.0), "meta": {**good, first: good[first].to("meta")},
+               "sparse": {**good, first: good[first].to_sparse()}, "NaN": {k: v * np.nan for k, v in good.items()},
+               "complex": {**good, first: good[first].to(torch.complex64)},
+               "expanded": {**good, "x": torch.zeros(1).expand(10**12)}}
+    yield "weights", "w.pt", "refused", {what: torch_bytes(content) for what, content in refused.items()}
+    same = {"float64": {k: v.double() for k, v in good.items()}, "under model": {"model": good, "epoch": 3}}
+    yield "weights", "w.pt", "same", {what: torch_bytes(content) for what, content in same.items()}
+    whole = {"epoch": 3, "epoch_length": 5, "objects": {"network": good}, "best_metric": 0.5, "best_metric_epoch": 2,
+             "early_stop": None}
+    refused = {**{f"no {key}": {k: v for k, v in whole.items() if k != key} for key in whole}, "list": [],
+               "trap": Trap(), "state dict": good, "epoch": {**whole, "epoch": "3"}, "objects": {**whole, "objects": {"network": {}}},
+               "length": {**whole, "epoch_length": 7}, "best": {**whole, "best_metric": "x"}}
+    saved = {what: torch_bytes(content) for what, content in refused.items()}
+    yield "checkpoint", "epoch_0003.pt", "refused", {**saved, "cut": torch_bytes(whole)[:-1], "nothing": b""}
     keys: dict[str, dict[str, list[Any]]] = {
-        "inference": {"spatial_size": ["abc", None, [32, 32], [32, 32, 33], [0] * 3, [32.0, 32, 32], [40000] * 3],
-                      "spacing": ["abc", 0, float("nan"), 1e-6, None, True], "device": ["gpu", "cuda:99", 3, "meta"],
-                      "split": ["everything", 3], "checks": ["maybe", True], "weights": [None, []], "max_scans": ["x", -1],
-                      "dataset_dir": [3, [None], "["], "output_dir": [3, ["x"]], "amp": ["maybe", 2],
-                      "channels_last": ["maybe"], "save_model_space": ["maybe"], "num_workers": ["x", -1, 1.5]},
-        "encode": {"dtype": ["float64", 16], "shards": ["x", -1], "overwrite": ["maybe"], "val_fraction": ["x", 2],
-                   "test_fraction": ["1/3"], "label": ["group"]},
-        "evaluate": {"baselines": [["nope"], "dct", 3], "peers": [3, [["x"]]]},
-    }
+        "inference": {"spatial_size": ["abc", None, [32, 32], [32, 32, 33], [0] * 3, [40000] * 3],
+                      "device": ["gpu", 3, "meta"], "spacing": ["abc", 0, float("nan"), 1e-6, True], "split": ["everything"],
+                      "checks": ["maybe"], "weights": [None, []], "max_scans": [-1], "dataset_dir": [3, "["], "output_dir": [3, ["x"]], "amp": ["maybe"], "channels_last": ["maybe"], "save_model_space": ["maybe"],
+                      "num_workers": ["x", -1]},
+        "encode": {"dtype": ["float64"], "shards": ["x", -1], "overwrite": ["maybe"], "test_fraction": ["1/3"],
+                   "label": ["group"]},
+        "evaluate": {"baselines": [["nope"], 3], "peers": [3, [["x"]]]}}
     for config, entries in keys.items():
         for key, options in entries.items():
-            yield key, "job", "", {f"{value!r}": a_job(config, **{key: value}) for value in options}, "refused"
+            yield "job", key, "refused", {f"{key} {value!r}": a_job(config, **{key: value}) for value in options}
     for key, value in (("weights", "gone.pt"), ("dataset_dir", "/gone"), ("output_dir", "/dev/null/out")):
-        yield value, "job", "", {key: a_job("inference", **{key: value})}, "refused"
-    given = {"amp": "no", "channels_last": 0, "max_scans": 3, "checks": "skip"}
-    yield "keys", "job", "", {"given otherwise": a_job("inference", **given)}, "same"
+        yield "job", value, "refused", {key: a_job("inference", **{key: value})}
+    yield "job", "", "same", {"otherwise": a_job("inference", amp="no", channels_last=0, max_scans=3, checks="skip")}
 
 
 # fmt: on
-# The last word of a class is what the refusal names, where that is not the path; keys of configs are their own class.
-NAMED = ("participants.tsv", "twice", "a.nii", "manifest.jsonl", "x_latent", "y_latent")
 
 
 @cache
 def corpus() -> tuple[Case, ...]:
     """Every case, in the order of the table."""
     cases: list[Case] = []
-    for group, reader, name, contents, expected in (
-        row for part in (scans, cohorts, latents, networks) for row in part()
+    for reader, name, expected, contents in (
+        row for part in (scans, cohorts, latent_files, networks) for row in part()
     ):
-        last = group.split()[-1]
-        named = last if last in NAMED or reader == "job" else ""
         for what, content in contents.items():
             make = content if callable(content) else written(name, content)
-            cases.append(Case(group, what, reader, make, expected, named))
+            cases.append(Case(f"{reader} {name}: {what}", reader, make, expected, name))
     return tuple(cases)
 
 
@@ -560,22 +459,19 @@ def read_records(path: Path, output: Path, label: str = "") -> Any:
 
 def read_grid(path: Path, output: Path) -> Any:
     """A latent's header, and the way home that it tells."""
-    grid = SourceGrid.of_header(read_header(path))
+    grid = SourceGrid.of_header(latents.read_header(path))
     return None if grid is None else (grid.bring_home(torch.zeros(32, 32, 32), preprocessing()), grid.image())
 
 
 def read_folder(path: Path, output: Path) -> Any:
     """The latents of the training split with their names."""
-    folder = path if path.is_dir() else path.parent
-    return [
-        (latent.header["name"], latent.header["source_sha256"]) for latent in read_manifest_latents(folder, "train")
-    ]
+    return [latent.header["name"] for latent in latents.read_manifest_latents(path, "train")]
 
 
 def read_scaling(path: Path, output: Path) -> Any:
     """Statistics, used in both ways."""
-    statistics = read_statistics(path)
-    return [LatentScaling(kind, statistics).undo(values(), LATENT[1:]) for kind in ("channel", "overall")]
+    statistics = latents.read_statistics(path)
+    return [latents.LatentScaling(kind, statistics).undo(values(), LATENT[1:]) for kind in ("channel", "overall")]
 
 
 def read_checkpoint(path: Path, output: Path) -> Any:
@@ -607,7 +503,7 @@ def read_job(given: tuple[str, dict[str, Any]], output: Path) -> Any:
 
 READERS: dict[str, Callable[[Any, Path], Any]] = {
     "scan": read_scan, "cohort": read_records, "label": partial(read_records, label="group"), "header": read_grid,
-    "latent": lambda path, output: read_tensor(list_latents(path)[0]["latent"]), "folder": read_folder,
+    "latent": lambda path, output: latents.read_tensor(latents.list_latents(path)[0]["latent"]), "folder": read_folder,
     "statistics": read_scaling, "weights": lambda path, output: load_weights(BrainVAE(**TINY_VAE), path).state_dict(),
     "checkpoint": read_checkpoint, "job": read_job,
 }  # fmt: skip

@@ -103,8 +103,8 @@ class Bench:
             lines.append(f"{subject}\t{'ab'[number % 2]}\t{'val' if number > 1 else 'train'}")
         (self.cohort / "participants.tsv").write_text("\n".join(lines) + "\n")
 
-    def start(self, job: str, output: Path, fault: Fault | None = None, *more: str) -> tuple[Any, Path]:
-        """Start a job; its process, and the file with what it prints."""
+    def run(self, job: str, output: Path, fault: Fault | None = None, *more: str) -> Ended:
+        """Run a job to its end, which the fault may bring."""
         log = self.folder / f"log_{len(list(self.folder.glob('log_*.txt')))}.txt"
         weights = [] if job == "train" else ["--weights", str(self.weights)]
         arguments = ["--dataset_dir", str(self.cohort), "--output_dir", str(output), *weights, *JOBS[job], *TINY_JOB]
@@ -112,11 +112,6 @@ class Bench:
         process = self.context.Process(target=run_here, args=(arguments, str(output), str(log), fault or Fault()))
         process.start()
         log.touch()
-        return process, log
-
-    def run(self, job: str, output: Path, fault: Fault | None = None, *more: str) -> Ended:
-        """Run a job to its end, which the fault may bring."""
-        process, log = self.start(job, output, fault, *more)
         process.join(LONGEST)
         if process.exitcode is None:
             process.kill()

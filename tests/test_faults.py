@@ -9,12 +9,11 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from fault_injection import JOBS, LONGEST, Bench, Ended, Fault, may_mount, small_disk
+from fault_injection import JOBS, Bench, Ended, Fault, may_mount, small_disk
 from monai.data import Dataset
 
 from scripts.cohort import AheadLoader
@@ -83,18 +82,6 @@ def test_a_full_disk(job: str, bench: Bench, tmp_path: Path) -> None:
         bench.assert_mended(job, output)
 
 
-@MOUNTS
-@ALL
-def test_a_read_only_folder(job: str, bench: Bench, tmp_path: Path) -> None:
-    """Refused before any scan is looked at."""
-    output = tmp_path / "out"
-    with small_disk(output, 1 << 28) as remount:
-        remount("ro")
-        ended = bench.run(job, output)
-        assert_told(ended, 2, f"{output} cannot be written to (Read-only file system); choose another folder.")
-        assert "pre-flight check" not in ended.text
-
-
 @pytest.mark.parametrize("n_workers", [0, pytest.param(1, marks=SLOW)])
 @ALL
 def test_a_scan_that_goes_after_the_check(job: str, n_workers: int, bench: Bench, tmp_path: Path) -> None:
@@ -116,24 +103,6 @@ def test_a_worker_process_that_is_killed(job: str, bench: Bench, tmp_path: Path)
     ended = bench.run(job, tmp_path / "out", Fault("kill worker"), "--num_workers", "1")
     assert_told(ended, 2, "a process that loads scans has ended", "lower num_workers")
     bench.assert_mended(job, tmp_path / "out")
-
-
-@ALL
-def test_a_second_run_into_the_folder(job: str, bench: Bench, tmp_path: Path) -> None:
-    """Refused, but for encoding, where both write the same; the first's death frees the folder."""
-    output, half = tmp_path / "out", len(bench.whole(job)[1]) // 2
-    first, _ = bench.start(job, output, Fault("signal", signal.SIGSTOP, half))
-    while Path(f"/proc/{first.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
-        assert first.exitcode is None
-        time.sleep(0.02)
-    second = bench.run(job, output, None, *(["--resume", "True"] if job == "train" else []))
-    first.kill()
-    first.join(LONGEST)
-    if job == "encode":
-        assert second.code == 0, second.text
-    else:
-        assert_told(second, 2, f"another run is writing to {output}; wait")
-    bench.assert_mended(job, output)
 
 
 def test_the_harness_finds_half_a_file(bench: Bench, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import binascii
 import gzip
 import io
 import json
-import os
 import pickle
 import re
 import subprocess
@@ -25,7 +24,6 @@ import pytest
 import torch
 from conftest import ROOT, TINY_JOB, head, make_weights
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from scripts.cohort import read_cohort
@@ -50,16 +48,9 @@ OPEN = ["torch.load(p)", "torch.load(p, weights_only=safe)", "np.load(p)", "eval
 
 
 def python_sources() -> Iterator[tuple[str, str]]:
-    """File and text of the bundle's Python: modules, examples, benchmarks, the notebook, `$` of configs."""
+    """File and text of the bundle's Python: modules, examples, benchmarks, `$` of configs."""
     for path in sorted(path for folder in ("scripts", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         yield path.name, path.read_text(encoding="utf-8")
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        for block in re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S):
-            yield path.name, block
-    for path in sorted((ROOT / "docs").glob("*.ipynb")):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
-            yield path.name, "\n".join(line for line in lines if line[:1] not in ("%", "!"))
     for path in sorted((ROOT / "configs").glob("*.json")):
         for text in re.findall(r'"\$((?:[^"\\]|\\.)*)"', path.read_text(encoding="utf-8")):
             yield path.name, re.sub(r"[@%][\w:#]+", "reference", json.loads(f'"{text}"'))
@@ -129,28 +120,14 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-def careless(path: Path) -> None:
-    """What none of our readers does."""
-    if path.suffix == ".pt":
-        torch.load(path, weights_only=False)
-    elif path.suffix in (".npy", ".npz"):
-        loaded = np.load(path, allow_pickle=True)
-        _ = loaded["mu"] if path.suffix == ".npz" else loaded
-    else:
-        pickle.loads(path.read_bytes())
-
-
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_malicious_pickle_is_refused(reader: str, tmp_path: Path) -> None:
-    """One clear error, and what it wanted to run has not run; loaded carelessly it does run."""
+    """One clear error, and what it wanted to run has not run."""
     name, read = READERS[reader]
     path, marker = poisoned(tmp_path / name, tmp_path / "marker"), tmp_path / "marker"
     with pytest.raises(InputError, match=re.escape(name)):
         read(path)
     assert not marker.exists()
-    careless(path)
-    assert marker.exists()
 
 
 # Python calls an audit hook before each of these, also in worker processes; an error could be caught and hidden. Left
@@ -292,34 +269,15 @@ def test_a_job_opens_no_connection_and_tells_no_name(job: str, outputs: Callable
     assert not leaks(folder)
 
 
-def _png(path: Path) -> None:
-    texts = PngInfo()
-    texts.add_text("name", NAME, zip=True)
-    Image.new("L", (4, 4)).save(path, pnginfo=texts)
-
-
-def _page(path: Path) -> None:
-    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
-    image.header["descrip"] = NAME.encode()
-    path.write_text(f'<script>{{"volume":"{base64.b64encode(gzip.compress(image.to_bytes())).decode()}"}}</script>')
-
-
-HIDING: dict[str, Callable[[Path], object]] = {
-    "a.txt": lambda path: path.write_text(f"of {NAME.upper()}"),
-    f"{NAME}.txt": lambda path: path.write_text(""),
-    "a.nii.gz": lambda path: private_scan(path.parent / "b" / path.name, 0),
-    "a.pt": lambda path: torch.save({"name": NAME}, path),
-    "a.npz": lambda path: np.savez_compressed(path, name=np.array([NAME])),
-    "a.png": _png,
-    "report.html": _page,
-}
-
-
-@pytest.mark.parametrize("name", HIDING)
-def test_a_hidden_name_is_found(name: str, tmp_path: Path) -> None:
-    """The search itself, in each kind of file that a job writes."""
-    HIDING[name](tmp_path / name)
-    assert leaks(tmp_path)
+def test_a_hidden_name_is_found(tmp_path: Path) -> None:
+    """The search itself: in capitals, in a file's name, in a compressed header, and in that within a page."""
+    private_scan(tmp_path / "scan" / "a.nii.gz", 0)
+    packed = base64.b64encode((tmp_path / "scan" / "a.nii.gz").read_bytes()).decode()
+    for name, text in (("a.txt", f"of {NAME.upper()}"), (f"{NAME}.txt", ""), ("a.html", f'"volume":"{packed}"')):
+        (tmp_path / name).write_text(text)
+    assert {Path(line.split(": b")[0]).name for line in leaks(tmp_path)} == {
+        "a.nii.gz", "a.txt", f"{NAME}.txt", "a.html",
+    }  # fmt: skip
 
 
 def test_a_subject_is_not_named_after_folders_outside_the_cohort(tmp_path: Path) -> None:
@@ -346,4 +304,3 @@ def test_a_home_folder_is_no_part_of_what_is_shipped() -> None:
         for match in re.findall(r"(?:/home|/Users|/root)/\w+|/work/\w+", path.read_text(encoding="utf-8"))
     ]
     assert not found, found
-    assert os.path.expanduser("~") not in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -77,8 +77,7 @@ def check_cohort(
             bad.append((record["image"], *problem))
         else:
             good.append(record)
-    n_known = sum(known.get(key) == entry for key, entry in passed.items())
-    if n_known < len(passed):
+    if (n_known := sum(known.get(key) == entry for key, entry in passed.items())) < len(passed):
         _write_cache(cache_file, known | passed)
     if bad and (checks == "stop" or not good):
         remedy = "Correct or remove them, or set checks to 'skip' to go on without them." if good else "None is left."

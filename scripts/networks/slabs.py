@@ -51,7 +51,7 @@ def in_slabs(network: nn.Module, slab: int, above: int) -> nn.Module:
         InputError: `slab` or `above` is no whole number, or too small.
     """
     for name, value, least in (("slab", slab, 1), ("whole_voxels", above, 0)):
-        if not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"'{name}' is {value!r}; give a whole number of at least {least}.")
     return SlabVAE(network, slab, above) if isinstance(network, BrainVAE) else network
 

@@ -1,163 +1,156 @@
-"""Encoding and decoding from their configs: interrupted, in two processes, there and back."""
+"""Encoding from its config: interrupted, in two processes, into a folder that holds something else."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_JOB, contents, encoding, make_weights, write_scan
+from conftest import ROOT, contents, encoding, make_weights
+from in_process import input_error, parsed
 
-from scripts.convert_latents import import_folder, write_original
 from scripts.latents import ENDING, read_latent, read_statistics
+from scripts.networks import BrainVAE
+from scripts.run import InputError, file_sha256
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+BUNDLE = ["-m", "monai.bundle", "run"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What is changed after the cohort was encoded: the error, which names the remedy.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "weights": ({"weights": "other.pt"}, "another weights; add --overwrite True or give another output_dir"),
+    "spacing": ({"spacing": 3.5}, "another preprocessing"),
+    "dtype": ({"dtype": "float16"}, "another dtype"),
+    "weights and scan": ({"weights": "other.pt", "dataset_dir": "changed"}, "another weights and another scan"),
+    "shards": ({"shards": 2, "overwrite": True}, "another 'shards'"),
+    "another cohort": (
+        {"weights": "other.pt", "dataset_dir": "part", "overwrite": "yes"},
+        "not of this cohort: give another output_dir",
+    ),
+    "no dtype": ({"dtype": "float64"}, "'dtype' is 'float64'"),
+}
 
 
-def test_encoding_leaves_a_finished_folder(encoded: Path) -> None:
+def start(*arguments: str) -> subprocess.Popen:
+    """A run of the bundle in the background."""
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_encoding_leaves_a_finished_folder(encoded: Path, bids: Path, weights: Path) -> None:
     """A latent a volume, a manifest line each, statistics; the header knows the record and no folder of the source."""
     manifest = [json.loads(line) for line in (encoded / "manifest.jsonl").read_text().splitlines()]
     assert len(manifest) == len(list(encoded.glob(f"*{ENDING}"))) == 8
-    assert {entry["split"] for entry in manifest} == {"train", "val"}
-    assert read_statistics(encoded)["n"] == 8
-    latent = read_latent(encoded / manifest[0]["file"])
-    assert latent.mu.shape == (4, 8, 9, 8) and latent.mu.dtype == torch.float32
-    assert latent.header["source_file"] == "sub-01_T1w.nii.gz"
-    assert latent.header["label"] in ("patient", "control")
-    assert str(encoded.parent.parent) not in json.dumps(latent.header)
+    assert [entry["split"] for entry in manifest] == ["train"] * 6 + ["val"] * 2
+    assert all(entry["sha256"] == file_sha256(encoded / entry["file"]) for entry in manifest)
+    latents = [read_latent(encoded / entry["file"]) for entry in manifest]
+    statistics = read_statistics(encoded)
+    assert statistics["n"] == 8 and statistics["weights_sha256"] == file_sha256(weights)
+    means = torch.stack([latent.mu for latent in latents]).double().mean((0, 2, 3, 4))
+    np.testing.assert_allclose(statistics["mu"]["mean"], means, rtol=1e-9)
+    header = latents[0].header
+    assert latents[0].mu.shape == (4, 8, 9, 8) and latents[0].mu.dtype == torch.float32
+    assert (header["subject"], header["label"], header["source_file"]) == ("sub-01", "control", "sub-01_T1w.nii.gz")
+    assert header["source_sha256"] == file_sha256(bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    assert header["weights_sha256"] == file_sha256(weights)
+    assert str(encoded.parent.parent) not in json.dumps(header) and str(bids) not in json.dumps(header)
 
 
-def test_a_killed_encoding_ends_as_if_it_had_not_been(
-    encoded: Path, bids: Path, weights: Path, run_bundle: Run, tmp_path: Path
-) -> None:
-    """SIGKILL after the second latent, then the same command: the same files, byte by byte, and no other."""
+def test_a_latent_is_the_networks_posterior(encoded: Path, bids: Path, weights: Path) -> None:
+    """mu and 2 ln sigma of the preprocessed scan, to float32's rounding on other kernels."""
+    parser = parsed("encode", dataset_dir=bids, weights=weights)
+    image = parser.get_parsed_content("preprocessing")({"image": str(bids / "sub-02" / "anat" / "sub-02_T1w.nii.gz")})
+    network = parser.get_parsed_content("network")
+    assert isinstance(network, BrainVAE)
+    with torch.no_grad():
+        mu, sigma = network.encode(image["image"].as_tensor()[None])
+    latent = read_latent(encoded / f"sub-02_T1w{ENDING}")
+    torch.testing.assert_close(latent.mu, mu[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latent.logvar, 2 * sigma[0].log(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_encoding_is_finished_by_two_at_once(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
+    """SIGKILL after the second latent, then the same command twice at once: the folder is that of one run, by byte."""
     output = tmp_path / "latents"
-    arguments = encoding(bids, output, weights, "--label", "group")
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [*BUNDLE, *encoding(bids, output, weights, "--label", "group")]
+    run = start(*command)
     while len(list(output.glob(f"*{ENDING}"))) < 2:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert run.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
     assert not (output / "manifest.jsonl").exists()
-    run_bundle(*arguments)
-    assert contents(output) == contents(encoded)
-
-
-def test_two_runs_into_one_folder_do_not_meet(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
-    """Started at once, without torchrun: both end well, and the folder is that of one run."""
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
-    command += encoding(bids, tmp_path / "latents", weights, "--label", "group")
-    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
-    for run in runs:
+    for run in [start(*command) for _ in range(2)]:
         _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors
-    assert contents(tmp_path / "latents") == contents(encoded)
+    assert contents(output) == contents(encoded)
 
 
 def test_two_processes_give_what_one_does(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
     """torchrun with two ranks, on a folder that a dead rank has left with three volumes missing."""
     output = tmp_path / "latents"
     output.mkdir()
-    for name in sorted(path.name for path in encoded.glob(f"*{ENDING}"))[3:]:
-        (output / name).write_bytes((encoded / name).read_bytes())
-    arguments = encoding(bids, output, weights, "--label", "group")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "-m", "monai.bundle", "run", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    for path in sorted(encoded.glob(f"*{ENDING}"))[3:]:
+        shutil.copy(path, output)
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = start(*ranks, *BUNDLE, *encoding(bids, output, weights, "--label", "group"))
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
     assert contents(output) == contents(encoded)
 
 
-def test_other_weights_are_refused_and_overwrite_when_told(
-    encoded: Path, bids: Path, run_bundle: Run, tmp_path: Path
-) -> None:
-    """One sentence, exit code 2, nothing touched; with --overwrite every latent is made anew."""
-    output = tmp_path / "latents"
-    output.mkdir()
-    for path in encoded.iterdir():
-        (output / path.name).write_bytes(path.read_bytes())
-    before = contents(output)
-    arguments = encoding(bids, output, make_weights(tmp_path / "other.pt", 1), "--label", "group")
-    done = run_bundle(*arguments, check=False)
-    assert done.returncode == 2 and "another weights; add --overwrite True" in done.stderr
-    assert contents(output) == before
-    run_bundle(*arguments, "--overwrite", "True")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_mix_is_refused(case: str, encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
+    """One sentence before the first scan is read, and nothing is touched."""
+    output = shutil.copytree(encoded, tmp_path / "latents")
+    changes, message = REFUSED[case]
+    changes = {key: tmp_path / value if key in ("weights", "dataset_dir") else value for key, value in changes.items()}
+    make_weights(tmp_path / "other.pt", 1)
+    shutil.copytree(bids, tmp_path / "changed")
+    shutil.copytree(bids / "sub-01", tmp_path / "part" / "sub-01")
+    scan = tmp_path / "changed" / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    image = nib.load(scan)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine, image.header), scan)
+    with pytest.raises((RuntimeError, InputError)) as raised:
+        keys = {"dataset_dir": bids, "output_dir": output, "weights": weights, **changes}
+        parsed("encode", **keys).get_parsed_content("remaining")
+    assert message in input_error(raised.value)
+    assert contents(output) == contents(encoded)
+
+
+def test_overwrite_makes_every_latent_anew(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
+    """Without a change nothing is left to do; with other weights and --overwrite all of it, manifest included."""
+    output = shutil.copytree(encoded, tmp_path / "latents")
+    same = parsed("encode", dataset_dir=bids, output_dir=output, weights=weights, overwrite=True)
+    assert same.get_parsed_content("remaining") == [] and contents(output) == contents(encoded)
+    other = make_weights(tmp_path / "other.pt", 1)
+    job = parsed("encode", dataset_dir=bids, output_dir=output, weights=other, overwrite="true", dtype="float16")
+    assert len(job.get_parsed_content("remaining")) == 8
+    assert not (output / "manifest.jsonl").exists() and not (output / "latent_stats.json").exists()
+    job.get_parsed_content("evaluator").run()
+    job.get_parsed_content("latent_writer").finish()
     after = contents(output)
-    assert after.keys() == before.keys()
-    assert not set(after.values()) & set(before.values())
+    assert after.keys() == contents(encoded).keys()
+    assert not set(after.values()) & set(contents(encoded).values())
+    assert read_latent(output / f"sub-01_T1w{ENDING}").mu.dtype == torch.float16
 
 
-def test_other_preprocessing_is_refused(encoded: Path, bids: Path, weights: Path, run_bundle: Run) -> None:
-    """Another spacing."""
-    done = run_bundle(*encoding(bids, encoded, weights, "--label", "group"), "--spacing", "3.5", check=False)
-    assert done.returncode == 2 and "another preprocessing" in done.stderr
-
-
-def test_shards_and_float16(bids: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
-    """Subfolders by the name's hash, half the bytes, and all of it in the manifest."""
-    output = tmp_path / "latents"
-    run_bundle(*encoding(bids, output, weights, "--shards", "3", "--dtype", "float16"))
-    manifest = [json.loads(line) for line in (output / "manifest.jsonl").read_text().splitlines()]
-    assert len(manifest) == 8
-    assert {Path(entry["file"]).parent.name for entry in manifest} <= {"0000", "0001", "0002"}
-    assert read_latent(output / manifest[0]["file"]).mu.dtype == torch.float16
-
-
-@pytest.mark.parametrize("space", ["source", "model"])
-def test_encode_then_decode_is_inference(space: str, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
-    """The reconstruction of inference to 1e-4 of the scan's percentile, on the same grid with the same header."""
-    scan = write_scan(tmp_path / "scan.nii.gz", seed=3, spacing=3.0)
-    common = ["--weights", str(weights), *TINY_JOB]
-    folders = {job: tmp_path / job for job in ("inference", "encode", "decode")}
-    inputs = {"inference": scan, "encode": scan, "decode": folders["encode"]}
-    more = {"inference": ["--save_model_space", "True"], "encode": [], "decode": ["--space", space]}
-    for job, folder in folders.items():
-        run_bundle(
-            "--config_file", f"configs/{job}.json", "--dataset_dir", str(inputs[job]), "--output_dir", str(folder),
-            *common, *more[job],
-        )  # fmt: skip
-    ending = {"source": "recon", "model": "model_space_recon"}[space]
-    expected = nib.load(folders["inference"] / f"scan_{ending}.nii.gz")
-    found = nib.load(folders["decode"] / "scan_decoded.nii.gz")
-    assert found.shape == expected.shape
-    np.testing.assert_array_equal(found.affine, expected.affine)
-    for key in ("sform_code", "qform_code", "xyzt_units"):
-        assert found.header[key] == expected.header[key]
-    factor = read_latent(folders["encode"] / f"scan{ENDING}").header["intensity_factor"] if space == "source" else 1
-    assert np.abs(found.get_fdata() - expected.get_fdata()).max() < 1e-4 * factor
-    assert (folders["decode"] / "scan_decoded.png").is_file() and (folders["decode"] / "decoded.png").is_file()
-
-
-def test_latents_of_other_weights_are_not_decoded(encoded: Path, run_bundle: Run, tmp_path: Path) -> None:
-    """Refused before the first one, with the remedy."""
-    done = run_bundle(
-        "--config_file", "configs/decode.json", "--dataset_dir", str(encoded), "--output_dir", str(tmp_path / "out"),
-        "--weights", str(make_weights(tmp_path / "other.pt", 1)), *TINY_JOB, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "encoded with other weights" in done.stderr
-    assert not list((tmp_path / "out").glob("*.nii.gz"))
-
-
-def test_latents_from_elsewhere_are_decoded_to_model_space(weights: Path, run_bundle: Run, tmp_path: Path) -> None:
-    """The original system's pickles, imported: they know neither weights nor scan."""
-    write_original(tmp_path / "pickles" / "x.pkl", torch.zeros(4, 8, 9, 8), torch.zeros(4, 8, 9, 8), 1)
-    import_folder(str(tmp_path / "pickles"), str(tmp_path / "latents"))
-    run_bundle(
-        "--config_file", "configs/decode.json", "--dataset_dir", str(tmp_path / "latents"),
-        "--output_dir", str(tmp_path / "out"), "--weights", str(weights), *TINY_JOB,
-    )  # fmt: skip
-    assert nib.load(tmp_path / "out" / "x_decoded.nii.gz").shape == (32, 36, 32)
+def test_shards_are_subfolders(bids: Path, weights: Path, tmp_path: Path) -> None:
+    """By the name's hash, all of them in the manifest; the same folder is then complete."""
+    keys = {"dataset_dir": bids, "output_dir": tmp_path, "weights": weights, "shards": 3, "split": "val"}
+    job = parsed("encode", **keys)
+    job.get_parsed_content("evaluator").run()
+    job.get_parsed_content("latent_writer").finish()
+    files = [json.loads(line)["file"] for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert len(files) == 2 and {Path(file).parent.name for file in files} <= {"0000", "0001", "0002"}
+    assert all((tmp_path / file).is_file() for file in files)
+    assert parsed("encode", **keys).get_parsed_content("remaining") == []

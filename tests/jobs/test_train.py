@@ -59,7 +59,7 @@ def train(
     log.attach(engine)
     engine.state.max_epochs, engine.state.epoch_length, engine.state.rank = epochs, STEPS, rank
     engine.state.epoch, engine.state.iteration = done, done * STEPS
-    engine.run([0] * STEPS, epochs, STEPS)
+    engine.run([0] * STEPS, max_epochs=epochs, epoch_length=STEPS)
     return SimpleNamespace(scalars=writer.scalars, path=folder / "metrics.csv")
 
 

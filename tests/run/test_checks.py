@@ -33,7 +33,7 @@ KNOWN = {
     "of an overlay, and MONAI's own": [*MAISI, "--nonlocal_attention", "True", "--meta_file", "configs/metadata.json"],
     "of MLflow": [*TRAIN, "--tracking", "mlflow", "--experiment_name", "study"],
     "of our tracking": [*TRAIN, "--tracking", "configs/tracking.json", "--run_name", "first"],
-    "a block in place of a block": [*TRAIN, "--early_stop", "{'_target_': 'EarlyStopHandler', '_disabled_': True}"],
+    "a block in place of a block": [*TRAIN, "--perceptual", "{'_target_': 'torch.nn.MSELoss'}"],
     "a reference in place of a block": [*TRAIN, "--ema_network", "@network_def"],
     "another tool": ["verify_net_in_out", "--config_file", "configs/train.json", "--nonsense", "1"],
     "no arguments": [],

@@ -1,4 +1,4 @@
-"""A user's mistake, a fault under a job and an interruption are one line each; a mistake of ours keeps its traceback."""
+"""A user's mistake, a fault under a job, an interruption are one line each; a mistake of ours keeps its traceback."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ CASES = {
     "Ctrl-C": ("raise KeyboardInterrupt", 130, AGAIN),
     "Ctrl-C within an error": (f"try:\n  {MISTAKE}\nexcept InputError:\n  raise KeyboardInterrupt", 130, AGAIN),
     "a remedy": ("raise Interrupted('go on.', 143)", 143, "interrupted: go on."),
-    "full disk": ("raise OSError(28, 'No space left on device', '/out/a')", 2, "error: no space is left on /out/a; free"),
-    "full quota": ("raise OSError(122, 'Disk quota exceeded')", 2, "error: no space is left on the disk of output_dir; "),
+    "full disk": ("raise OSError(28, 'No space left on device', '/out/a')", 2, "error: no space is left on /out/a;"),
+    "full quota": ("raise OSError(122, 'Disk quota exceeded')", 2, "error: no space is left on the disk of output"),
     "torch's full disk": ("raise RuntimeError('[enforce fail] No space left on device')", 2, "error: no space is left"),
-    "full disk, in a thread first": (THREAD.format(FULL) + f"raise {FULL}", 2, "error: no space is left on the disk of"),
+    "full disk, in a thread first": (THREAD.format(FULL) + f"raise {FULL}", 2, "error: no space is left on the"),
     "ours, in a thread": (THREAD.format("KeyError('ours')"), 0, "Exception in thread"),
     "a scan gone": (
         "raise RuntimeError('LoadImage cannot find a suitable reader for file: /in/a b.nii.gz.\\n more')", 2,

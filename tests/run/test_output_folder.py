@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -71,6 +72,13 @@ def test_who_may_write_beside_whom(first: Claim, second: Claim, start: Start, tm
     expected = "holds" if first is second is share_folder else REFUSED.format(tmp_path)
     assert start(second, tmp_path)[1] == expected
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate", "inference", "encode", "decode", "sample"])
+def test_a_job_takes_its_folder_first(job: str) -> None:
+    """The first line of each config's `run`."""
+    run = json.loads((ROOT / "configs" / f"{job}.json").read_text())["run"]
+    assert run[0] == f"$scripts.run.{'share' if job == 'encode' else 'claim'}_folder(@output_dir)"
 
 
 def test_a_killed_run_holds_nothing(start: Start, tmp_path: Path) -> None:

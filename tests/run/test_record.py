@@ -15,19 +15,6 @@ from ignite.engine import Engine
 
 from scripts.run import RunRecord, bundle_version, command_line, config_sha256, file_sha256
 
-# Arguments of the jobs of tests/conftest.py, and the fixture of each.
-JOBS = {
-    "encode": ("encoded", "--dataset_dir {bids} --weights {weights} --label group"),
-    "train": ("trained", "--dataset_dir {bids} --epochs 4 --batch_size 2 --val_interval 1"),
-    "evaluate": ("evaluated", "--dataset_dir {bids} --weights {weights} --label group"),
-    "inference": ("reconstructed", "--dataset_dir {bids} --weights {weights} --split val --save_model_space True"),
-    "decode": ("decoded", "--dataset_dir {encoded} --weights {weights}"),
-    "sample": (
-        "sampled",
-        "--dataset_dir {encoded} --weights {weights} --prior lowrank --n_components 3 --n_samples 3 "
-        "--compare_with {bids}",
-    ),
-}
 SAME = ["--config_file", "configs/encode.json", "--output_dir", "out"]
 OTHERS = {
     "a key": [*SAME, "--amp", "True"],
@@ -50,18 +37,12 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("job", [job if job == "encode" else pytest.param(job, marks=pytest.mark.slow) for job in JOBS])
 def test_the_same_run_gives_the_same_bytes(
-    job: str, start_job: Callable[..., Job], request: pytest.FixtureRequest, bids: Path, weights: Path
+    encoded: Path, start_job: Callable[..., Job], bids: Path, weights: Path
 ) -> None:
-    """Twice in processes of their own: every file but those with times. (A job broken off: tests/test_faults.py.)"""
-    fixture, arguments = JOBS[job]
-    first = request.getfixturevalue(fixture)
-    places = {"bids": bids, "weights": weights}
-    places |= {"encoded": request.getfixturevalue("encoded")} if job in ("decode", "sample") else {}
-    second = start_job(job, *arguments.format(**places).split())
-    ours, theirs = contents(getattr(first, "folder", first)), contents(second.folder)
-    assert ours == theirs and "report.html" in ours
+    """Twice in processes of their own: every file but those with times. (Other jobs: tests/test_faults.py.)"""
+    again = start_job("encode", "--dataset_dir", str(bids), "--weights", str(weights), "--label", "group")
+    assert contents(again.folder) == contents(encoded) and "report.html" in contents(encoded)
 
 
 def record(folder: Path) -> dict[str, object]:

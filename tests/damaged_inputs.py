@@ -273,20 +273,20 @@ def scans() -> Rows:
              "🧠", "\u202egpj", "n" * 251, "é" * 125, "<script>", "2024", "None", "a.nii", "sub-", " "]
     yield "scan", "", "same", {f"name {name}": written(f"{name}.nii", raw) for name in names}
     yield "latent", "", "same", {f"name {name}": written(f"{name}.npy", latent_bytes(".npy")) for name in names}
-    odd = {"line end": "a\nb", "escape": "\x1b[31mred", "backslash": "back\\slash", "latin-1": os.fsdecode(b"a\xe9")}
-    yield "scan", "", "refused", {what: written(f"{name}.nii", raw) for what, name in odd.items()}
+    for name in ("a\nb", "\x1bred", "back\\slash", os.fsdecode(b"a\xe9")):
+        yield "scan", ascii(name)[-4:-1], "refused", {"name": written(f"{name}.nii", raw)}
 
 
 def cohorts() -> Rows:
     """Tables, datalists, BIDS roots, and what stands where a file is expected."""
     image, rest = "image\na.nii\nb.nii\nsub dir/c.nii\n", ', "b.nii", "sub dir/c.nii"]'
     refused = {"quote": 'image\n"a.nii\n' + "x" * 3000, "field": "image\n" + "x" * 200_000, "deep": DEEP,
-               "binary": nifti(), "path": "image\n" + "x" * 5000 + ".nii\n", "NUL": "image\na.nii\0\n", "user": "image\n~nobody/a.nii\n",
-               "itself": "image\n./t.csv\n", "line end": 'image,subject\na.nii,"x\ny"\n'}
+               "binary": nifti(), "path": "image\n" + "x" * 5000 + ".nii\n", "NUL": "image\na.nii\0\n",
+               "user": "image\n~nobody/a.nii\n", "itself": "image\n./t.csv\n", "line": 'image,subject\na.nii,"x\ny"\n'}
     same = {"spaces": " image \n a.nii \nb.nii\n  sub dir/c.nii\n", "quotes": image.replace("a.nii", '"a.nii"'),
             "up and down": "image\nsub dir/../a.nii\n./b.nii\nsub dir//c.nii\n", "old Mac": image.replace("\n", "\r")}
-    yield "cohort", "", "refused", {f"table: {what}": beside("t.csv", text) for what, text in refused.items()}
-    yield "cohort", "", "same", {f"table: {what}": beside("t.csv", text) for what, text in same.items()}
+    yield "cohort", "t.csv", "refused", refused
+    yield "cohort", "t.csv", "same", same
     refused = {"deep": DEEP, "null": '["a.nii", null]', "surrogate": '["\\ud800.nii"]', "NUL": '["a.nii\\u0000"]',
                "surrogate id": '[{"image": "a.nii", "subject": "\\ud800"}]', "path": json.dumps(["x" * 5000]),
                "two documents": '["a.nii"]["b.nii"]', "split 5": '[{"image": "a.nii", "split": 5}]'}
@@ -296,14 +296,14 @@ def cohorts() -> Rows:
     same = {"mark": '\ufeff["a.nii"' + rest, "long": f'[{{"image": "a.nii", "age": {"9" * 5000}}}{rest}',
             "twice": '[{"image": 3, "image": "a.nii"}' + rest, "NaN": '[{"image": "a.nii", "age": NaN}' + rest,
             **{f"subject {s}": f'[{{"image": "a.nii", "subject": "{s}"}}{rest}' for s in ("-rf", "<b>", "脳")}}
-    yield "cohort", "", "refused", {f"datalist: {what}": beside("t.json", text) for what, text in refused.items()}
-    yield "cohort", "", "same", {f"datalist: {what}": beside("t.json", text) for what, text in same.items()}
+    yield "cohort", "t.json", "refused", refused
+    yield "cohort", "t.json", "same", same
     start = "participant_id\tgroup\n"
-    refused = {"NUL": f"{start}sub-01\t\0\n", "two columns": "participant_id\tgroup\tgroup\nsub-01\ta\tb\n"}
-    yield "label", "participants.tsv", "refused", {what: partial(bids, table=t) for what, t in refused.items()}
+    yield "label", "participants.tsv", "refused", {
+        "NUL": f"{start}sub-01\t\0\n", "two columns": "participant_id\tgroup\tgroup\nsub-01\ta\tb\n"}
     yield "label", "listed twice", "refused", {"a subject linked": then(bids, link("sub-03", "sub-01"))}
     yield "label", "", "same", {
-        "no scan": partial(bids, table=f"{start}sub-01\ta\nsub-02\tb\nsub-99\tc\n"),
+        "no scan": f"{start}sub-01\ta\nsub-02\tb\nsub-99\tc\n",
         "anat is a file": then(bids, lambda f: (f / "sub-03").mkdir(), lambda f: (f / "sub-03/anat").touch())}
     scan = {"link to itself": link("a.nii", "a.nii"), "pipe": pipe("a.nii"), "zeros": link("a.nii", "/dev/zero"),
             "null": link("a.nii", "/dev/null"), "memory": link("a.nii", "/proc/self/mem")}
@@ -325,12 +325,12 @@ def latent_files() -> Rows:
         raw = latent_bytes(ending)
         yield "latent", f"x{ending}", "refused", {"half": raw[: len(raw) // 2], "by one": raw[:-1], "nothing": b"",
                                                   "zeros": bytes(5000), "pickle": pickle.dumps(Trap())}
-    refused = {"NaN": z * np.nan, "complex": z.to(torch.complex64), "bool": z > 0, "overflow": z.double() * 1e300,
-               "two": {"a": z, "b": z}, "list": [z], "sparse": z.to_sparse(), "meta": z.to("meta"),
-               "trap": {"z": Trap()}, "expanded": torch.zeros(1).expand(10**12)}
-    yield "latent", "x.pt", "refused", {what: torch_bytes(content) for what, content in refused.items()}
-    same = {"float64": z.double(), "dict": {0: z}, "named": {"z": z, "x": 3}, "parameter": torch.nn.Parameter(z)}
-    yield "latent", "x.pt", "same", {what: torch_bytes(content) for what, content in same.items()}
+    yield "latent", "x.pt", "refused", {
+        "NaN": z * np.nan, "complex": z.to(torch.complex64), "bool": z > 0, "overflow": z.double() * 1e300,
+        "two": {"a": z, "b": z}, "list": [z], "sparse": z.to_sparse(), "meta": z.to("meta"),
+        "trap": {"z": Trap()}, "expanded": torch.zeros(1).expand(10**12)}
+    yield "latent", "x.pt", "same", {
+        "float64": z.double(), "dict": {0: z}, "named": {"z": z, "x": 3}, "parameter": torch.nn.Parameter(z)}
     heads = {"10^12": npy((10**12,)), "7 GB": npy((9 * 10**8,), "<f8"), "negative": npy((-1, 3)),
              "objects": npy(descr="|O"), "texts": npy((1,), "<U500000000"), "code": npy().replace(b"False", b"print"),
              "4 GB": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(99)}
@@ -340,7 +340,8 @@ def latent_files() -> Rows:
     yield "latent", "x.npz", "same", {"path": packed({"../z.npy": npy() + z.numpy().tobytes() + bytes(1 << 27)})}
     yield "latent", "x.safetensors", "refused", {
         "2^63 bytes": struct.pack("<Q", 2**63), "no JSON": struct.pack("<Q", 4) + b"{]}{",
-        "10^18": safetensors([10**18], 16), "past the end": safetensors([10**6], 4 * 10**6), "disagreeing": safetensors([3], 8)}
+        "10^18": safetensors([10**18], 16), "past the end": safetensors([10**6], 4 * 10**6),
+        "disagreeing": safetensors([3], 8)}
     yield "latent", "x.nii.gz", "refused", {
         "4 GB": bomb("x.nii.gz", header(image, dim=[4, 500, 500, 500, 4, 1, 1, 1])), "bomb": bomb("x.nii.gz", image)}
     fields: dict[str, list[Any]] = {
@@ -354,7 +355,7 @@ def latent_files() -> Rows:
     yield "folder", "x_latent", "refused", {"no record": latent_folder(ENTRY, name=None)}
     yield "folder", "y_latent", "refused", {"gone": latent_folder({**ENTRY, "file": "y_latent.safetensors"})}
     lines = ["{", "[]", "null", DEEP, b'{"file": "\xff"}', {"split": "train"}, {**ENTRY, "name": "../x"},
-             *({**ENTRY, "file": file} for file in (3, "", "x\0", "\ud800", "../x", "/etc/passwd"))]
+             *({**ENTRY, "file": file} for file in (3, "x\0", "\ud800", "../x", "/etc/passwd"))]
     yield "folder", "manifest.jsonl", "refused", {str(n): latent_folder(line) for n, line in enumerate(lines)}
 
     def scale(channel: Any, overall: Any = 1.0) -> str:
@@ -377,27 +378,28 @@ def networks() -> Rows:
         compressed = packed({name: archive.read(name) for name in archive.namelist()})
     yield "weights", "w.pt", "refused", {"compressed": compressed}
     yield "latent", "x.pt", "refused", {"compressed": compressed}
-    refused = {"{}": {}, "list": [1], "None": None, "missing": {k: v for k, v in good.items() if k != first},
-               "too many": {**good, "x": values()}, "shape": {**good, first: values()}, "trap": Trap(),
-               "numbers": dict.fromkeys(good, 1.0), "meta": {**good, first: good[first].to("meta")},
-               "sparse": {**good, first: good[first].to_sparse()}, "NaN": {k: v * np.nan for k, v in good.items()},
-               "complex": {**good, first: good[first].to(torch.complex64)},
-               "expanded": {**good, "x": torch.zeros(1).expand(10**12)}}
-    yield "weights", "w.pt", "refused", {what: torch_bytes(content) for what, content in refused.items()}
-    same = {"float64": {k: v.double() for k, v in good.items()}, "under model": {"model": good, "epoch": 3}}
-    yield "weights", "w.pt", "same", {what: torch_bytes(content) for what, content in same.items()}
+    yield "weights", "w.pt", "refused", {
+        "{}": {}, "list": [1], "None": None, "missing": {k: v for k, v in good.items() if k != first},
+        "too many": {**good, "x": values()}, "shape": {**good, first: values()}, "trap": Trap(),
+        "numbers": dict.fromkeys(good, 1.0), "meta": {**good, first: good[first].to("meta")},
+        "sparse": {**good, first: good[first].to_sparse()}, "NaN": {k: v * np.nan for k, v in good.items()},
+        "complex": {**good, first: good[first].to(torch.complex64)},
+        "expanded": {**good, "x": torch.zeros(1).expand(10**12)}}
+    yield "weights", "w.pt", "same", {
+        "float64": {k: v.double() for k, v in good.items()}, "under model": {"model": good, "epoch": 3}}
     whole = {"epoch": 3, "epoch_length": 5, "objects": {"network": good}, "best_metric": 0.5, "best_metric_epoch": 2,
              "early_stop": None}
-    refused = {**{f"no {key}": {k: v for k, v in whole.items() if k != key} for key in whole}, "list": [],
-               "trap": Trap(), "state dict": good, "epoch": {**whole, "epoch": "3"}, "objects": {**whole, "objects": {"network": {}}},
-               "length": {**whole, "epoch_length": 7}, "best": {**whole, "best_metric": "x"}}
-    saved = {what: torch_bytes(content) for what, content in refused.items()}
-    yield "checkpoint", "epoch_0003.pt", "refused", {**saved, "cut": torch_bytes(whole)[:-1], "nothing": b""}
+    yield "checkpoint", "epoch_0003.pt", "refused", {
+        "cut": torch_bytes(whole)[:-1], "nothing": b"",
+        **{f"no {key}": {k: v for k, v in whole.items() if k != key} for key in whole}, "list": [],
+        "trap": Trap(), "state dict": good, "epoch": {**whole, "epoch": "3"}, "best": {**whole, "best_metric": "x"},
+        "objects": {**whole, "objects": {"network": {}}}, "length": {**whole, "epoch_length": 7}}
     keys: dict[str, dict[str, list[Any]]] = {
-        "inference": {"spatial_size": ["abc", None, [32, 32], [32, 32, 33], [0] * 3, [40000] * 3],
-                      "device": ["gpu", 3, "meta"], "spacing": ["abc", 0, float("nan"), 1e-6, True], "split": ["everything"],
-                      "checks": ["maybe"], "weights": [None, []], "max_scans": [-1], "dataset_dir": [3, "["], "output_dir": [3, ["x"]], "amp": ["maybe"], "channels_last": ["maybe"], "save_model_space": ["maybe"],
-                      "num_workers": ["x", -1]},
+        "inference": {
+            "spatial_size": ["abc", None, [32, 32], [32, 32, 33], [0] * 3, [40000] * 3], "device": ["gpu", 3, "meta"],
+            "spacing": ["abc", 0, float("nan"), 1e-6, True], "split": ["everything"], "checks": ["maybe"],
+            "weights": [None, []], "max_scans": [-1], "dataset_dir": [3, "["], "output_dir": [3], "amp": ["maybe"],
+            "channels_last": ["maybe"], "save_model_space": ["maybe"], "num_workers": ["x", -1]},
         "encode": {"dtype": ["float64"], "shards": ["x", -1], "overwrite": ["maybe"], "test_fraction": ["1/3"],
                    "label": ["group"]},
         "evaluate": {"baselines": [["nope"], 3], "peers": [3, [["x"]]]}}
@@ -415,14 +417,22 @@ def networks() -> Rows:
 @cache
 def corpus() -> tuple[Case, ...]:
     """Every case, in the order of the table."""
-    cases: list[Case] = []
-    for reader, name, expected, contents in (
-        row for part in (scans, cohorts, latent_files, networks) for row in part()
-    ):
-        for what, content in contents.items():
-            make = content if callable(content) else written(name, content)
-            cases.append(Case(f"{reader} {name}: {what}", reader, make, expected, name))
-    return tuple(cases)
+
+    def make_of(reader: str, name: str, content: Any) -> Make:
+        if callable(content):
+            return content
+        if reader == "label":
+            return partial(bids, table=content)
+        if not isinstance(content, (bytes, str)):
+            content = torch_bytes(content)
+        return (beside if reader == "cohort" else written)(name, content)
+
+    rows = [row for part in (scans, cohorts, latent_files, networks) for row in part()]
+    return tuple(
+        Case(f"{reader} {name}: {what}", reader, make_of(reader, name, content), expected, name)
+        for reader, name, expected, contents in rows
+        for what, content in contents.items()
+    )
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import ImageReader as Reader
 from monai.data import MetaTensor
-from monai.transforms import Compose, CropForeground, Invertd, InvertibleTransform, MapTransform, Transform
+from monai.transforms import Compose, CropForeground, Invertd, InvertibleTransform, LoadImage, MapTransform, Transform
 from scipy import ndimage
 from torch import Tensor
 
@@ -255,6 +255,8 @@ def _described(value: Any) -> Any:
         return [_described(item) for item in (value if isinstance(value, list | tuple) else value.tolist())]
     if isinstance(value, torch.dtype | np.dtype):
         return str(value)
+    if isinstance(value, LoadImage):  # beside the reader that was asked for it holds one for every library it finds
+        return [type(value).__name__, _described({**vars(value), "readers": value.readers[-1:]})]
     if isinstance(value, Transform | Reader):
         return [type(value).__name__, _described(vars(value))]
     return value.__name__ if isinstance(value, type) else type(value).__name__

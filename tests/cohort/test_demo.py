@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -106,19 +105,6 @@ def test_an_interrupted_run_is_finished(tmp_path: Path, quick: list[int], monkey
     demo_cohort(4, tmp_path)
     assert quick == [1, 2, 3, 4]
     assert len(files_of(tmp_path)) == 3 + 4
-
-
-def test_two_processes_do_no_harm(tmp_path: Path, quick: list[int]) -> None:
-    """Both succeed, and every file is whole."""
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=demo_cohort, args=(N_SUBJECTS, tmp_path)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    values = [nib.load(scan_path(tmp_path, number)).get_fdata().item() for number in range(1, N_SUBJECTS + 1)]
-    assert values == list(range(1, N_SUBJECTS + 1)) and len(files_of(tmp_path)) == 3 + N_SUBJECTS
 
 
 def test_groups_are_balanced() -> None:

@@ -16,7 +16,6 @@ import pytest
 from scripts.cohort import DATA_CRITERIA, HEADER_CRITERIA, check_cohort, check_scan, preflight, read_cohort
 from scripts.run import InputError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 SIDE = 32  # voxels of 2.5 mm: 80 mm, the least that passes
 ABSURD = [3, 30000, 30000, 30000, 1, 1, 1, 1]
 
@@ -336,11 +335,3 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "replace", full)
     assert check_cohort(records, report_dir=tmp_path / "report") == records
     assert os.listdir(tmp_path / "report") == []
-
-
-@pytest.mark.skipif(not (SHARED / "ds002748").exists(), reason="shared data absent")
-@pytest.mark.parametrize("name", ["ds002748", "ds002748-native"])
-def test_shared_scans_are_good(name: str) -> None:
-    """Real scans, stripped or whole, at 1.5 mm or as published, pass."""
-    records = read_cohort(str(SHARED / name), max_scans=2)
-    assert check_cohort(records) == records

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from scripts.cohort import demo, read_cohort, select, split_of
 from scripts.run import InputError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 # arguments, what the error says
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"form": "dicom"}, "form is 'dicom'"),
@@ -197,13 +196,3 @@ def test_demo_cohort_where_nothing_is_given(monkeypatch: pytest.MonkeyPatch, tmp
     assert [len(read_cohort(nothing)) for nothing in ("", [], None)] == [3, 3, 3]
     assert [len(read_cohort("", max_scans=n)) for n in (2, 100)] == [2, 3]
     assert asked == [24, 24, 24, 2, 24]
-
-
-@pytest.mark.skipif(not (SHARED / "ds002748").exists(), reason="shared data absent")
-def test_shared_cohort() -> None:
-    """58 scans of 58 subjects in two groups, split as the ids say."""
-    records = read_cohort(str(SHARED / "ds002748"), label="group")
-    assert len({r["subject"] for r in records}) == len(records) == 58
-    assert {r["label"] for r in records} == {"depr", "control"}
-    assert all(r["split"] == split_of(r["subject"]) for r in records)
-    assert 0 < len(select(records, "val")) < len(select(records, "train"))

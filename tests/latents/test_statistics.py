@@ -90,9 +90,7 @@ def test_a_dead_channel_is_not_blown_up() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    cuts=st.lists(st.integers(1, 11), max_size=4, unique=True), offset=st.floats(-1e3, 1e3), seed=st.integers(0, 9)
-)
+@given(cuts=st.lists(st.integers(1, 11), max_size=4, unique=True), offset=st.floats(-1e3, 1e3), seed=st.integers(0, 9))
 def test_active_units_do_not_depend_on_batches(cuts: list[int], offset: float, seed: int) -> None:
     """Any cut into batches, and merging two halves, gives the variance of the whole set."""
     mu = torch.randn(12, 2, 3, 3, 3, generator=torch.Generator().manual_seed(seed)).double() * 0.1 + offset

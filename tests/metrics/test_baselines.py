@@ -67,7 +67,7 @@ def test_trilinear_does_not_shift() -> None:
 
 
 def test_dct_keeps_the_nearest_coefficients() -> None:
-    """A slow cosine is kept, a fast one is gone; none left out is nearer to zero, in shares of each axis, than one kept."""
+    """A slow cosine stays, a fast one goes; none that goes is nearer to zero, in shares of the axes, than one that stays."""
     position = (torch.arange(SIZE[0]) + 0.5) / SIZE[0]
     for order, kept in [(3, True), (SIZE[0] - 1, False)]:
         wave = torch.cos(torch.pi * order * position)[:, None, None].expand(SIZE)[None, None].contiguous()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from scripts.report import figure_to_array, latent_strip, mosaic, recon_panel, save_png, to_ras, volume_strip
@@ -111,7 +109,7 @@ def test_panels_have_the_shape_of_the_body(spacing: tuple[float, ...]) -> None:
     for row, (across, up) in enumerate([(x, y), (x, z), (y, z)]):
         _, _, width, height = figure.axes[3 * row].get_position().bounds
         assert (width * columns, height * rows) == pytest.approx((across * scale, up * scale), abs=1)
-        assert panel_pixels(figure, row, 0)[2:-2, 2:20].mean() > 250  # the volume fills it, off the letters
+        assert np.quantile(panel_pixels(figure, row, 0), 0.1) > 250  # the volume fills it, but for the letters
 
 
 def test_original_and_reconstruction_share_one_window() -> None:
@@ -216,7 +214,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "picture.png").write_bytes(b"old")
     figure = mosaic(CUBE, 1)
     monkeypatch.setattr(figure, "savefig", lambda path, **_: Path(path).write_bytes(b"half") / 0)
-    with pytest.raises(TypeError):
+    with pytest.raises(ZeroDivisionError):
         save_png(figure, tmp_path / "picture.png")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
@@ -233,7 +231,8 @@ def test_to_ras_undoes_any_storage(order: list[int], signs: tuple[int, ...]) -> 
     assert spacing == pytest.approx((1.0, 1.5, 2.0))
 
 
-def test_pyplot_is_never_imported() -> None:
-    """Threads and notebooks keep their own global state."""
-    code = "import sys, scripts.report.pictures; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+def test_pyplots_state_is_untouched() -> None:
+    """Threads and notebooks keep their own: no figure is registered, none has to be closed."""
+    assert recon_panel(CUBE, CUBE).canvas.manager is None
+    figure_to_array(volume_strip([CUBE], ["a"]))
+    assert pyplot.get_fignums() == []

@@ -15,15 +15,12 @@ import pandas as pd
 import pytest
 from conftest import head
 
-from scripts.jobs.decode import decoding_report
-from scripts.jobs.encode import encoding_report
 from scripts.jobs.evaluate import evaluation_report
-from scripts.jobs.train import training_report
-from scripts.latents import LatentStatistics
 from scripts.metrics import paired_differences
 from scripts.report import Case
 
 webdriver = pytest.importorskip("selenium.webdriver")
+waiting = pytest.importorskip("selenium.webdriver.support.ui")
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="chromium and chromedriver are not installed",
@@ -34,11 +31,16 @@ SWITCHES = [
     "--disable-quic", "--disable-sync", "--hide-scrollbars", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
 ]  # fmt: skip
 WIDTHS = [1400, 400]
-PAGES = ["evaluation", "encoding", "decoding", "training"]
+CONTROLS = {
+    "slice": {"slice": "9"}, "window": {"window": "0.4"}, "volume": {"volume": "2"},
+    "plane": {"plane": "0", "slice": "9"},
+}  # fmt: skip
+PAGES = ["page", "encoded", "decoded", "trained"]  # of an evaluation, and of the session's runs
 SPACING = (4.0, 4.0, 4.0)
 
 
 def evaluation(folder: Path) -> None:
+    """Write a report of twelve scans and three systems; the model's reconstruction is 0.9 of the original."""
     rng = np.random.default_rng(0)
     names = [f"sub-{number:02d}_T1w" for number in range(12)]
     rows = pd.concat(
@@ -63,47 +65,17 @@ def evaluation(folder: Path) -> None:
     evaluation_report(folder, rows, summary, paired, spectra, cases, "psnr_brain", "0" * 64, "val")
 
 
-def encoding(folder: Path) -> None:
-    statistics, shown, rows = LatentStatistics(), [], []
-    import torch
-
-    for number in range(12):
-        mu = torch.randn(4, 8, 9, 8, generator=torch.Generator().manual_seed(number))
-        statistics.update(mu, torch.full_like(mu, -4.0))
-        shown.append((f"sub-{number:02d}", mu.numpy()))
-        about = {"name": f"sub-{number:02d}", "subject": str(number), "session": "", "label": "", "split": "train"}
-        rows.append({**about, "kl": 5.0 + number, "mean of mu": 0.1, "sd of mu": 1.0})
-    encoding_report(folder, pd.DataFrame(rows), {**statistics.result(), "weights_sha256": "0" * 64}, shown[:2])
-
-
-def decoding(folder: Path) -> None:
-    volumes = {f"sample_{seed:04d}": head(seed).astype(np.float32) / 1000 for seed in range(3)}
-    decoding_report(folder, volumes, 4.0, {"mmd": 1.2, "nearest_least": float("inf")}, 3)
-
-
-def training(folder: Path) -> None:
-    frame = pd.DataFrame({"epoch": [1, 2, 3], "loss": [0.3, 0.2, 0.1], "val_psnr_brain": [18.0, np.nan, 20.0]})
-    frame.to_csv(folder / "metrics.csv", index=False)
-    training_report(str(folder), "")
-
-
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("reports")
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            (folder / kind).mkdir()
-            globals()[kind](folder / kind)
-            made[kind] = folder / kind / "report.html"
-        return made[kind]
-
-    return make
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an evaluation."""
+    folder = tmp_path_factory.mktemp("report")
+    evaluation(folder)
+    return folder / "report.html"
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless browser whose console is kept."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -134,27 +106,25 @@ def start_viewer(browser: Any) -> None:
 
 
 def wait(browser: Any, condition: Callable[[Any], Any]) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, 120, 0.2).until(condition)
+    waiting.WebDriverWait(browser, 120, 0.2).until(condition)
 
 
-def column(browser: Any, title: str, name: str) -> list[str]:
-    """The texts of a column of the table in the section of that title."""
+def column(browser: Any, name: str) -> list[str]:
+    """The texts of a column of the table of all volumes."""
     return browser.execute_script(
         """const names = [...arguments[0].querySelectorAll("th button")].map((button) => button.textContent);
         const rows = [...arguments[0].querySelectorAll("tbody tr")];
         return rows.map((row) => row.children[names.indexOf(arguments[1])].textContent);""",
-        section(browser, title), name,
+        volumes(browser), name,
     )  # fmt: skip
 
 
-def section(browser: Any, title: str) -> Any:
-    return browser.find_element("xpath", f"//section[h2[text()='{title}']]")
+def volumes(browser: Any) -> Any:
+    return browser.find_element("xpath", "//section[h2[text()='All volumes']]")
 
 
-def head_of(browser: Any, title: str, name: str) -> Any:
-    return section(browser, title).find_element("xpath", f".//th/button[text()='{name}']")
+def head_of(browser: Any, name: str) -> Any:
+    return volumes(browser).find_element("xpath", f".//th/button[text()='{name}']")
 
 
 def choose(browser: Any, selector: str, value: str) -> None:
@@ -168,88 +138,72 @@ def choose(browser: Any, selector: str, value: str) -> None:
 
 @pytest.mark.parametrize("kind", PAGES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_page_opens_without_a_message_and_fits(browser, page, kind, width):
+def test_page_opens_without_a_message_and_fits(
+    browser: Any, request: pytest.FixtureRequest, kind: str, width: int
+) -> None:
     """No error, no warning, no request that the policy refuses; nothing wider than the window."""
-    open_page(browser, page(kind), width)
+    made = request.getfixturevalue(kind)
+    folder = getattr(made, "folder", made)
+    open_page(browser, folder if folder.suffix else folder / "report.html", width)
     if browser.find_elements("css selector", "[data-viewer]"):
         start_viewer(browser)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_a_column_sorts_both_ways(browser, page):
-    """The first click brings the worst to the top; the state is told to screen readers."""
-    open_page(browser, page("evaluation"))
-    button = head_of(browser, "All volumes", "psnr_brain")
-    for state, reverse in (("ascending", False), ("descending", True)):
+def test_a_column_sorts_both_ways(browser: Any, page: Path) -> None:
+    """The first click, or Enter, brings the worst to the top; the state is told to screen readers."""
+    open_page(browser, page)
+    button = head_of(browser, "psnr_brain")
+    for state, is_reverse in (("ascending", False), ("descending", True)):
         button.click()
-        values = [float(text) for text in column(browser, "All volumes", "psnr_brain")]
-        assert len(values) == 12 and values == sorted(values, reverse=reverse)
+        values = [float(text) for text in column(browser, "psnr_brain")]
+        assert len(values) == 12 and values == sorted(values, reverse=is_reverse)
         assert button.find_element("xpath", "..").get_attribute("aria-sort") == state
-
-
-def test_keyboard_sorts(browser, page):
-    open_page(browser, page("evaluation"))
-    button = head_of(browser, "All volumes", "l1")
+    button = head_of(browser, "l1")
     browser.execute_script("arguments[0].focus()", button)
     button.send_keys("\ue007")  # enter
-    values = [float(text) for text in column(browser, "All volumes", "l1")]
+    values = [float(text) for text in column(browser, "l1")]
     assert values == sorted(values, reverse=True), "a large l1 is the worst"
 
 
-def test_filters_and_search_combine(browser, page):
-    open_page(browser, page("evaluation"))
-    assert set(column(browser, "All volumes", "system")) == {"model"}, "the model's rows at first"
-    table = f"#{section(browser, 'All volumes').get_attribute('id')} "
+def test_filters_and_search_combine(browser: Any, page: Path) -> None:
+    """The model's rows at first; every choice narrows the rows, and they are counted."""
+    open_page(browser, page)
+    assert set(column(browser, "system")) == {"model"}
+    table = f"#{volumes(browser).get_attribute('id')} "
     choose(browser, table + "select[name=label]", "patient")
-    assert set(column(browser, "All volumes", "label")) == {"patient"}
+    assert set(column(browser, "label")) == {"patient"}
     choose(browser, table + "select[name=system]", "")
-    assert len(column(browser, "All volumes", "system")) == 18
+    assert len(column(browser, "system")) == 18
     choose(browser, table + "input[name=search]", "sub-02")
-    assert column(browser, "All volumes", "name") == ["sub-02_T1w"] * 3
+    assert column(browser, "name") == ["sub-02_T1w"] * 3
     assert find(browser, table + ".count").text == "3 of 36 rows"
 
 
-@pytest.mark.parametrize(
-    "control, value",
-    [("slice", "9"), ("window", "0.4"), ("volume", "2"), ("plane", None)],
-)
-def test_controls_change_what_is_shown(browser, page, control, value):
-    """Slice, window and volume are seen in every canvas, the position is told in words."""
-    open_page(browser, page("evaluation"))
+@pytest.mark.parametrize("control", ["slice", "window", "volume", "plane", "click"])
+def test_controls_change_what_is_shown(browser: Any, page: Path, control: str) -> None:
+    """Slice, window, volume, and a click in one canvas are seen in every canvas; the position is told in words."""
+    open_page(browser, page)
     start_viewer(browser)
     canvases = browser.find_elements("css selector", "[data-viewer] canvas")
     before, said = [canvas.screenshot_as_png for canvas in canvases], find(browser, ".position").text
-    if value is None:
-        choose(browser, "select[name=plane]", "0")
-        choose(browser, "input[name=slice]", "9")
+    if control == "click":
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvases[0])
+        x, y = canvases[0].size["width"] // 6, -canvases[0].size["height"] // 3
+        webdriver.ActionChains(browser).move_to_element_with_offset(canvases[0], x, y).click().perform()
     else:
-        choose(browser, f"[data-viewer] [name={control}]", value)
+        for name, value in CONTROLS[control].items():
+            choose(browser, f"[data-viewer] [name={name}]", value)
     wait(browser, lambda driver: find(driver, ".position").text not in (said, "loading"))
-    assert len(canvases) == 3
     after = [canvas.screenshot_as_png for canvas in canvases]
-    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert len(after) == 3 and all(old != new for old, new in zip(before, after, strict=True))
     assert browser.get_log("browser") == []
 
 
-def test_canvases_follow_a_click_in_one(browser, page):
-    """A click in the original moves the crosshair of all three, and the slider with it."""
-    open_page(browser, page("evaluation"))
-    start_viewer(browser)
-    canvases = browser.find_elements("css selector", "[data-viewer] canvas")
-    before, said = [canvas.screenshot_as_png for canvas in canvases], find(browser, ".position").text
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvases[0])
-    size = canvases[0].size
-    webdriver.ActionChains(browser).move_to_element_with_offset(
-        canvases[0], size["width"] // 6, -size["height"] // 3
-    ).click().perform()
-    wait(browser, lambda driver: find(driver, ".position").text != said)
-    assert all(old != canvas.screenshot_as_png for old, canvas in zip(before, canvases, strict=True))
-
-
-def test_values_are_those_of_the_volumes(browser, page):
+def test_values_are_those_of_the_volumes(browser: Any, page: Path) -> None:
     """What the position line says is the voxel's value: 0.9 of the original here."""
-    open_page(browser, page("evaluation"))
+    open_page(browser, page)
     start_viewer(browser)
     words = find(browser, ".position").text.replace(",", "").replace(";", "").split()
     said = {name: float(words[words.index(name) + 1]) for name in ("original", "reconstruction", "difference")}
@@ -258,24 +212,24 @@ def test_values_are_those_of_the_volumes(browser, page):
     assert said["difference"] == pytest.approx(said["reconstruction"] - said["original"], abs=0.002)
 
 
-def test_dark_mode_and_print_differ(browser, page):
+def test_dark_mode_and_print_differ(browser: Any, page: Path) -> None:
     """Light text on dark where the reader wants it; paper has neither controls nor an empty viewer."""
     colour = "return getComputedStyle(document.body).backgroundColor"
-    open_page(browser, page("evaluation"), scheme="dark")
+    open_page(browser, page, scheme="dark")
     assert browser.execute_script(colour) == "rgb(20, 23, 27)"
-    open_page(browser, page("evaluation"), scheme="dark", media="print")
+    open_page(browser, page, scheme="dark", media="print")
     assert browser.execute_script(colour) == "rgb(255, 255, 255)"
     for selector in (".controls", "section.viewer", "nav"):
         assert not find(browser, selector).is_displayed()
     assert find(browser, "img").is_displayed()
 
 
-def test_without_webgl_the_page_still_reads(browser, page):
+def test_without_webgl_the_page_still_reads(browser: Any, page: Path) -> None:
     """An old browser gets a sentence instead of the viewer."""
     script = "HTMLCanvasElement.prototype.getContext = () => null"
     added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
     try:
-        open_page(browser, page("evaluation"))
+        open_page(browser, page)
         browser.execute_script("arguments[0].scrollIntoView()", find(browser, "[data-viewer]"))
         wait(browser, lambda driver: "no WebGL 2" in find(driver, ".position").text)
         assert browser.get_log("browser") == []

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from scripts.run import InputError, check_writable, file_sha256, folder_named, remove_unfinished, replacing
 
-DIES = (
-    "import os, signal\nfrom scripts.run.files import replacing\n"
-    "with replacing(os.environ['TARGET']) as temporary:\n"
-    "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-)
 FULL = [
     OSError(28, "No space left on device"),
     OSError(122, "Disk quota exceeded"),
@@ -70,11 +64,20 @@ def test_a_folder_that_cannot_be_is_said(tmp_path: Path) -> None:
         raise AssertionError("the block must not run")
 
 
+def die_while_writing(path: Path) -> None:
+    """In a process of its own."""
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_only_what_the_dead_have_left_is_removed(tmp_path: Path) -> None:
     """A killed process's file goes; those of this process, of another machine and of the user stay."""
     target = tmp_path / "sub" / "x.txt"
-    killed = subprocess.run([sys.executable, "-c", DIES], cwd=ROOT, env={**os.environ, "TARGET": str(target)})
-    assert killed.returncode < 0 and not target.exists()
+    process = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(target,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not target.exists()
     (left,) = target.parent.iterdir()
     machine = left.name.split("-")[0]
     others = [tmp_path / name for name in (f"{machine}-{os.getpid()}.y.txt", ".elsewhere-1.z.txt", ".hidden", "a.txt")]

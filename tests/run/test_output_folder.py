@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, interruptible
+from conftest import ROOT
 
 from scripts.run import InputError, claim_folder, replacing, share_folder
 
@@ -24,10 +22,6 @@ pytest.importorskip("fcntl")
 Claim = Callable[[str], None]
 Start = Callable[..., tuple[ForkProcess, str]]
 REFUSED = "another run is writing to {}; wait until it has ended, or give another --output_dir."
-HOLDS = (
-    "import sys, time\nfrom scripts.run import claim_folder, report_input_errors\nreport_input_errors()\n"
-    "claim_folder(sys.argv[1])\nprint('holds', flush=True)\ntime.sleep(100)\n"
-)
 
 
 def hold(claim: Claim, folder: Path, rank: str, forks: bool, answer: Connection) -> None:
@@ -123,18 +117,14 @@ def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-@pytest.mark.parametrize(("number", "code", "is_new"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
-def test_a_signal_ends_in_one_line_and_leaves_no_empty_folder(
-    number: int, code: int, is_new: bool, tmp_path: Path
-) -> None:
-    """A folder that was made and not used goes; one that was there stays."""
-    folder = tmp_path / "new" if is_new else tmp_path
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(folder)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=interruptible,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "holds\n" and folder.is_dir()
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert (process.returncode, errors) == (code, "interrupted: run the same command again.\n")
-    assert folder.exists() != is_new
+def test_a_folder_that_was_made_and_not_used_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the process, unless something lies in it; one that was there stays."""
+    at_exit: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
+    for name in ("there", "unused", "used"):
+        (tmp_path / name).mkdir() if name == "there" else None
+        claim_folder(str(tmp_path / name))
+    (tmp_path / "used" / "file").touch()
+    for function, folder in at_exit:
+        function(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "used"}

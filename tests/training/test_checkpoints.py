@@ -115,8 +115,8 @@ def build(
         inferer=SimpleInferer(), key_val_metric={"score": metric},
     )  # fmt: skip
     handlers = [
-        ema, *[StartValidation(evaluator)] * validates_start, EpochSeed(11), GradientClip(network, 1.0), LrScheduleHandler(schedule, print_lr=False),
-        ValidationHandler(val_interval, evaluator),
+        ema, *[StartValidation(evaluator)] * validates_start, EpochSeed(11), GradientClip(network, 1.0),
+        LrScheduleHandler(schedule, print_lr=False), ValidationHandler(val_interval, evaluator),
     ]  # fmt: skip
     trainer = SupervisedTrainer(
         CPU, epochs, loader, network, optimizer, loss, prepare_batch=prepare_batch, inferer=SimpleInferer(),
@@ -171,7 +171,7 @@ def assert_equal(run: SimpleNamespace, other: SimpleNamespace) -> None:
         assert tensors(item.state_dict()) == tensors(other.objects[name].state_dict()), name
     states = [
         (r.trainer.state.epoch, r.trainer.state.iteration, float(r.evaluator.state.best_metric),
-         r.evaluator.state.best_metric_epoch, r.checkpoint.early_stop.counter, float(r.checkpoint.early_stop.best_score))
+         r.evaluator.state.best_metric_epoch, tensors(dict(r.checkpoint.early_stop.state_dict())))
         for r in (run, other)
     ]  # fmt: skip
     assert states[0] == states[1]
@@ -324,6 +324,12 @@ def test_early_stopping_counts_on(tmp_path: Path):
     assert (tmp_path / "checkpoints" / "epoch_0004.pt").exists() and (tmp_path / "model_final.pt").exists()
     again = build(tmp_path, epochs=6, patience=3, scores=WORSE)
     assert again.checkpoint.start(True) == 4 and not again.checkpoint.unfinished
+
+
+def test_patience_of_0_never_stops(tmp_path: Path):
+    """Also in a run that is resumed."""
+    kill_at(build(tmp_path, epochs=6, patience=0, scores=WORSE), 5 * STEPS + 1)
+    assert resume(build(tmp_path, epochs=6, patience=0, scores=WORSE)).trainer.state.epoch == 6
 
 
 def test_run_without_validation_exports_its_last_epoch(tmp_path: Path):

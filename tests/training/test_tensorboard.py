@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY_JOB, TINY_VAE
+from conftest import ROOT, TINY_VAE, Job
+from ignite.engine import Engine
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -25,13 +27,13 @@ from torch.utils.tensorboard import SummaryWriter
 from scripts.latents import LatentStatistics
 from scripts.metrics import VolumeMetric
 from scripts.networks import AutocastInferer, BrainVAE, posterior_iteration, prepare_batch
-from scripts.training import LatentLog, RunBoard, latent_scalars
+from scripts.training import LatentLog, PictureLog, RunBoard, latent_scalars
 from scripts.training.tensorboard import LAYOUT
 
 CPU = torch.device("cpu")
 CHANNELS = range(4)
-EPOCHS = 2
-TERMS = ["loss", "l1", "kl", "mse", "equivariance"]
+EPOCHS = 4
+TERMS = ["loss", "l1", "kl", "mse", "equivariance", "lpips"]
 LATENT = ["kl", "active_units", "mu_mean", "mu_sd", "z_sd", "sigma"]
 VALIDATION = ["val_psnr_brain", "val_psnr", "val_l1", "val_kl", "val_active_units", "val_z_sd"]
 PER_CHANNEL = [f"{name}_{channel}" for name in ("mu_mean", "z_sd", "sigma") for channel in CHANNELS]
@@ -70,12 +72,12 @@ def validate(folder: Path, n_scans: int, rank: int = 0, epochs: int = 1) -> Simp
     torch.manual_seed(0)
     scans = [{"image": torch.rand(1, 16, 12, 16)} for _ in range(n_scans)]
     writer = SummaryWriter(str(folder))
-    run = SimpleNamespace(scans=scans, network=BrainVAE(**TINY_VAE).eval(), log=LatentLog(writer), writer=writer)
+    run = SimpleNamespace(scans=scans, network=BrainVAE(**TINY_VAE).eval())
     metric = IgniteMetricHandler(VolumeMetric("psnr"), output_transform=from_engine(["pred", "image"]))
     run.evaluator = SupervisedEvaluator(
         CPU, DataLoader(Dataset(scans), batch_size=1), run.network, prepare_batch=prepare_batch,
-        iteration_update=posterior_iteration, inferer=AutocastInferer(False, CPU), val_handlers=[run.log],
-        key_val_metric={"val_psnr_brain": metric},
+        iteration_update=posterior_iteration, inferer=AutocastInferer(False, CPU),
+        val_handlers=[LatentLog(writer), PictureLog(writer, 2.0)], key_val_metric={"val_psnr_brain": metric},
     )  # fmt: skip
     run.evaluator.state.rank = rank
     for epoch in range(1, epochs + 1):
@@ -95,34 +97,19 @@ def by_hand(run: SimpleNamespace) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run_folder(
-    run_bundle: Callable[..., subprocess.CompletedProcess[str]], bids: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A training that stopped after its first epoch and was resumed for the second."""
-    output = tmp_path_factory.mktemp("board")
-    for epochs, resume in ((EPOCHS - 1, "False"), (EPOCHS, "True")):
-        run_bundle(
-            "--config_file", "configs/train.json", "--dataset_dir", str(bids),
-            "--perceptual_weight", "0", "--val_interval", "1",
-            "--output_dir", str(output), "--epochs", str(epochs), "--resume", resume, *TINY_JOB,
-        )  # fmt: skip
-    return output
-
-
-@pytest.fixture(scope="module")
-def events(run_folder: Path) -> EventAccumulator:
-    """The board of that training."""
-    return board(run_folder / "tensorboard")
+def events(trained: Job) -> EventAccumulator:
+    """The board of a training of four epochs."""
+    return board(trained.folder / "tensorboard")
 
 
 def test_training_draws_every_curve(events: EventAccumulator) -> None:
-    """No curve is missing and none is unknown to the page; each has a value a step or an epoch, also when resumed."""
+    """No curve is missing and none is unknown to the page; each has a value a step or an epoch."""
     assert set(events.Tags()["scalars"]) == SCALARS
     for tag in SCALARS:
-        is_validated_at_the_start = tag.startswith(("epoch/val_", "latent"))
+        first = 0 if tag.startswith(("epoch/val_", "latent")) else 3 if tag.endswith("lpips") else 1
         if not tag.startswith("step/"):
-            assert list(curve(events, tag)) == list(range(0 if is_validated_at_the_start else 1, EPOCHS + 1)), tag
-    assert list(curve(events, "step/loss")) == list(range(1, 6 * EPOCHS + 1))  # six scans in batches of one
+            assert list(curve(events, tag)) == list(range(first, EPOCHS + 1)), tag
+    assert list(curve(events, "step/loss")) == list(range(1, 3 * EPOCHS + 1))  # six scans in batches of two
 
 
 def test_training_draws_histograms_and_pictures(events: EventAccumulator) -> None:
@@ -130,29 +117,28 @@ def test_training_draws_histograms_and_pictures(events: EventAccumulator) -> Non
     tags = events.Tags()
     assert set(tags["histograms"]) == {f"mu/channel_{channel}" for channel in CHANNELS}
     assert tags["images"] == ["reconstruction"]
-    assert [event.step for event in events.Histograms("mu/channel_0")] == [0, 1, 2]
+    for drawn in (events.Histograms("mu/channel_0"), events.Images("reconstruction")):
+        assert [event.step for event in drawn] == list(range(EPOCHS + 1))
 
 
-def test_table_and_board_agree(run_folder: Path, events: EventAccumulator) -> None:
-    """The resumed run's metrics.csv has each epoch once, and the values of the curves."""
-    table = pd.read_csv(run_folder / "metrics.csv", index_col="epoch")
-    assert table.index.tolist() == [0, 1, 2]
+def test_table_and_board_agree(trained: Job, events: EventAccumulator) -> None:
+    """metrics.csv has the values of the curves, and the best is the best of them."""
+    table = pd.read_csv(trained.folder / "metrics.csv", index_col="epoch")
     for name in table:
         assert table[name].dropna().to_dict() == pytest.approx(curve(events, f"epoch/{name}"), rel=1e-6)
-    assert curve(events, "best/val_psnr_brain")[2] == pytest.approx(table["val_psnr_brain"].max(), rel=1e-6)
+    assert curve(events, "best/val_psnr_brain")[EPOCHS] == pytest.approx(table["val_psnr_brain"].max(), rel=1e-6)
 
 
-def test_hyperparameters_stand_in_the_folder_of_the_run(run_folder: Path, events: EventAccumulator) -> None:
+def test_hyperparameters_stand_in_the_folder_of_the_run(trained: Job, events: EventAccumulator) -> None:
     """No second run beside it; every key of the config's list; the figures to compare have curves."""
-    assert all(path.is_file() for path in (run_folder / "tensorboard").iterdir())
+    assert all(path.is_file() for path in (trained.folder / "tensorboard").iterdir())
     found = hyperparameters(events)
     assert len(found) == 3
     values = found["_hparams_/session_start_info"].session_start_info.hparams
     config = json.loads((ROOT / "configs" / "train.json").read_text())
     assert set(values) == set(config["hyperparameters"])
-    assert values["optimizer"].string_value == "MuonAdamW"
+    assert values["optimizer"].string_value == "MuonAdamW" and values["channels"].string_value == "[4, 8]"
     assert values["kl_weight"].number_value == 3e-4
-    assert values["channels"].string_value == "[4, 8]"
     assert (values["train_scans"].number_value, values["val_scans"].number_value) == (6, 2)
     compared = [info.name.tag for info in found["_hparams_/experiment"].experiment.metric_infos]
     assert "best/val_psnr_brain" in compared and set(compared) <= SCALARS
@@ -204,24 +190,42 @@ def test_one_scan_has_no_active_units(tmp_path: Path) -> None:
     assert "val_active_units" not in run.evaluator.state.metrics
 
 
+def test_histogram_and_picture_are_of_the_first_scan(tmp_path: Path) -> None:
+    """All values of its mu by channel, and one picture in colour; the second is not drawn."""
+    run = validate(tmp_path, 2)
+    events = board(tmp_path)
+    with torch.no_grad():
+        mu, _ = run.network.encode(run.scans[0]["image"][None])
+    for channel in CHANNELS:
+        histogram = events.Histograms(f"mu/channel_{channel}")[0].histogram_value
+        assert histogram.num == mu[0, channel].numel()
+        assert np.isclose(histogram.min, mu[0, channel].min()) and np.isclose(histogram.max, mu[0, channel].max())
+    (picture,) = events.Images("reconstruction")
+    pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    assert pixels.shape == (picture.height, picture.width, 3) and pixels.max() > 100
+
+
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     """Only rank 0 writes to the board."""
     run = validate(tmp_path, 2, rank=1)
-    runs = RunBoard(SummaryWriter(str(tmp_path)), run.evaluator, {"seed": 0})
-    engine = SimpleNamespace(state=SimpleNamespace(rank=1, epoch=1))
-    runs._start(engine), runs._best(engine), runs._end(engine)
-    runs.writer.close()
+    whole_run(tmp_path, run, {"seed": 0}, epochs=1, rank=1)
     tags = board(tmp_path).Tags()
-    assert not tags["scalars"] and not tags["histograms"] and not tags["tensors"]
+    assert not any(tags[kind] for kind in ("scalars", "histograms", "images", "tensors"))
+
+
+def whole_run(folder: Path, run: SimpleNamespace, values: dict[str, Any], epochs: int, rank: int = 0) -> None:
+    """A `RunBoard` through some epochs of an engine that does nothing."""
+    writer, engine = SummaryWriter(str(folder)), Engine(lambda engine, batch: None)
+    engine.state.rank = rank
+    RunBoard(writer, run.evaluator, values).attach(engine)
+    engine.run([0], max_epochs=epochs)
+    writer.close()
 
 
 def test_values_of_hyperparameters(tmp_path: Path) -> None:
     """Numbers stay numbers; switches, lists and None are texts, so that a column has one type in every run."""
-    run = validate(tmp_path / "run", 1)
     values = {"rate": 0.5, "epochs": 3, "augment": True, "amp": "False", "label": None, "channels": [1, 2]}
-    runs = RunBoard(SummaryWriter(str(tmp_path / "board")), run.evaluator, values)
-    runs._start(SimpleNamespace(state=SimpleNamespace(rank=0)))
-    runs.writer.close()
+    whole_run(tmp_path / "board", validate(tmp_path / "run", 1), values, epochs=1)
     written = hyperparameters(board(tmp_path / "board"))["_hparams_/session_start_info"].session_start_info.hparams
     assert (written["rate"].number_value, written["epochs"].number_value) == (0.5, 3)
     texts = [written[name].string_value for name in ("augment", "amp", "label", "channels")]
@@ -229,21 +233,6 @@ def test_values_of_hyperparameters(tmp_path: Path) -> None:
 
 
 def test_epoch_without_validation_has_no_best(tmp_path: Path) -> None:
-    """The best is drawn where a validation ran."""
-    run = validate(tmp_path / "run", 1)
-    runs = RunBoard(SummaryWriter(str(tmp_path / "board")), run.evaluator, {})
-    for epoch in (1, 2):
-        runs._best(SimpleNamespace(state=SimpleNamespace(rank=0, epoch=epoch)))
-    runs.writer.close()
+    """The best is drawn where a validation ran: here in epoch 1 of 2."""
+    whole_run(tmp_path / "board", validate(tmp_path / "run", 1), {}, epochs=2)
     assert list(curve(board(tmp_path / "board"), "best/val_psnr_brain")) == [1]
-
-
-def test_histogram_is_of_the_first_scan(tmp_path: Path) -> None:
-    """All values of mu of one scan, by channel."""
-    run = validate(tmp_path, 2)
-    with torch.no_grad():
-        mu, _ = run.network.encode(run.scans[0]["image"][None])
-    for channel in CHANNELS:
-        histogram = board(tmp_path).Histograms(f"mu/channel_{channel}")[0].histogram_value
-        assert histogram.num == mu[0, channel].numel()
-        assert np.isclose(histogram.min, mu[0, channel].min()) and np.isclose(histogram.max, mu[0, channel].max())

@@ -9,6 +9,7 @@ The original keeps one Python pickle a volume, {"mu", "logvar", "label"}. A pick
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import fire
@@ -47,6 +48,8 @@ def import_folder(folder: str, output_dir: str, val_fraction: float = 0.2, test_
     files = sorted(Path(folder).glob("*.npz"))
     if not files:
         raise InputError(f"{folder} holds no .npz file; docs/encode.md says how other latents become some.")
+    for path in files:  # all of them before the first is written
+        _read(path)
     settings = {"weights_sha256": "", "preprocessing_sha256": "", "dtype": "float32"}
     source = {"source_file": "", "source_sha256": "", "bundle_version": bundle_version()}
     for path in files:
@@ -89,7 +92,7 @@ def export_folder(folder: str, output_dir: str) -> int:
     n_written = 0
     for entry in read_manifest(folder):
         latent = read_latent(Path(folder) / entry["file"])
-        label = int(entry["label"]) if entry["label"].lstrip("-").isdigit() else entry["label"]
+        label = int(entry["label"]) if re.fullmatch("-?[0-9]+", entry["label"]) else entry["label"]
         write_original(Path(output_dir) / f"{entry['name']}.pkl", latent.mu, latent.logvar, label)
         n_written += 1
     return n_written

@@ -207,7 +207,15 @@ def assert_told(ended: tuple[int, str, list[list[str]]], expected: int, *words: 
 SLOW = pytest.mark.slow
 ALL = pytest.mark.parametrize("job", ["train", "encode", *(pytest.param(job, marks=SLOW) for job in list(JOBS)[2:])])
 KILLS = [(job, number) for job in JOBS for number in range(20)]
-FAST_KILLS = [("train", 1), ("train", 8), ("encode", 5), ("evaluate", 9), ("inference", 7)]
+FAST_KILLS = [("train", 8), ("encode", 5)]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_file_is_whole_under_its_final_name(job: str, bench: Bench) -> None:
+    """Each file of a job, TensorBoard's but, gets its name by a rename, and no temporary one is left."""
+    folder = bench.whole(job)[0]
+    assert not bench.half_written(job, folder)
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,14 @@ BUNDLE = ["-m", "monai.bundle", "run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # What is changed after the cohort was encoded: the error, which names the remedy.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "weights": ({"weights": "other.pt"}, "another weights; add --overwrite True or give another output_dir"),
     "spacing": ({"spacing": 3.5}, "another preprocessing"),
     "dtype": ({"dtype": "float16"}, "another dtype"),
-    "weights and scan": ({"weights": "other.pt", "dataset_dir": "changed"}, "another weights and another scan"),
-    "shards": ({"shards": 2, "overwrite": True}, "another 'shards'"),
-    "another cohort": (
-        {"weights": "other.pt", "dataset_dir": "part", "overwrite": "yes"},
-        "not of this cohort: give another output_dir",
+    "weights and scan": (
+        {"weights": "other.pt", "dataset_dir": "changed"},
+        "another weights and another scan; add --overwrite True",
     ),
+    "shards": ({"shards": 2, "overwrite": True}, "another 'shards'"),
+    "cohort": ({"weights": "other.pt", "dataset_dir": "part", "overwrite": "yes"}, "not of this cohort: give another"),
     "no dtype": ({"dtype": "float64"}, "'dtype' is 'float64'"),
 }
 
@@ -127,30 +126,28 @@ def test_what_would_mix_is_refused(case: str, encoded: Path, bids: Path, weights
     assert contents(output) == contents(encoded)
 
 
-def test_overwrite_makes_every_latent_anew(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
-    """Without a change nothing is left to do; with other weights and --overwrite all of it, manifest included."""
+def test_overwrite_leaves_every_latent_to_be_made_anew(
+    encoded: Path, bids: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Without a change nothing is left to do; with other weights all of it, and what speaks of old files is gone."""
     output = shutil.copytree(encoded, tmp_path / "latents")
-    same = parsed("encode", dataset_dir=bids, output_dir=output, weights=weights, overwrite=True)
-    assert same.get_parsed_content("remaining") == [] and contents(output) == contents(encoded)
+    keys = {"dataset_dir": bids, "output_dir": output, "overwrite": "true"}
+    assert parsed("encode", **keys, weights=weights).get_parsed_content("remaining") == []
+    assert contents(output) == contents(encoded)
     other = make_weights(tmp_path / "other.pt", 1)
-    job = parsed("encode", dataset_dir=bids, output_dir=output, weights=other, overwrite="true", dtype="float16")
-    assert len(job.get_parsed_content("remaining")) == 8
+    assert len(parsed("encode", **keys, weights=other).get_parsed_content("remaining")) == 8
     assert not (output / "manifest.jsonl").exists() and not (output / "latent_stats.json").exists()
-    job.get_parsed_content("evaluator").run()
-    job.get_parsed_content("latent_writer").finish()
-    after = contents(output)
-    assert after.keys() == contents(encoded).keys()
-    assert not set(after.values()) & set(contents(encoded).values())
-    assert read_latent(output / f"sub-01_T1w{ENDING}").mu.dtype == torch.float16
 
 
-def test_shards_are_subfolders(bids: Path, weights: Path, tmp_path: Path) -> None:
-    """By the name's hash, all of them in the manifest; the same folder is then complete."""
-    keys = {"dataset_dir": bids, "output_dir": tmp_path, "weights": weights, "shards": 3, "split": "val"}
-    job = parsed("encode", **keys)
+def test_shards_and_float16(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
+    """Subfolders by the name's hash, all of them in the manifest, half the digits; the folder is then complete."""
+    keys = {"dataset_dir": bids, "output_dir": tmp_path, "weights": weights, "shards": 3, "dtype": "float16"}
+    job = parsed("encode", **keys, split="val")
     job.get_parsed_content("evaluator").run()
     job.get_parsed_content("latent_writer").finish()
     files = [json.loads(line)["file"] for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert len(files) == 2 and {Path(file).parent.name for file in files} <= {"0000", "0001", "0002"}
-    assert all((tmp_path / file).is_file() for file in files)
-    assert parsed("encode", **keys).get_parsed_content("remaining") == []
+    for file in files:  # 11 bits of values up to about 5
+        found, exact = read_latent(tmp_path / file).mu, read_latent(encoded / Path(file).name).mu
+        torch.testing.assert_close(found, exact.half(), rtol=2e-3, atol=1e-3)
+    assert parsed("encode", **keys, split="val").get_parsed_content("remaining") == []

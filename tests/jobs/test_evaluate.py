@@ -6,9 +6,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,8 +30,7 @@ FILES = ["metrics.csv", "paired.csv", "report.html", "spectrum.csv", "summary.js
 SHA256 = hashlib.sha256(b"weights").hexdigest()
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What one wrote."""
 
     table: pd.DataFrame
@@ -153,18 +151,15 @@ def test_without_a_training_split(scans: list[dict], tmp_path: Path, capsys: pyt
     assert "patch_pca cannot be fitted and is left out" in capsys.readouterr().out
 
 
-def test_a_second_run_starts_anew(scans: list[dict], tmp_path: Path) -> None:
-    """An evaluator that is run once a federated round reports each round alone."""
+def test_a_second_run_starts_anew_and_names_no_folder(
+    scans: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round of a federation is reported alone; of a path in the command only the last part is shown."""
+    folder = f"--dataset_dir={tmp_path}/private/cohort"
+    monkeypatch.setattr(sys, "argv", ["python", "run", "--config_file", "configs/evaluate.json", folder])
     result = evaluate(scans[:1], tmp_path, ScalingNetwork(0.5), runs=2)
     assert result.table["system"].tolist() == ["model", "identity"]
     assert result.summary["n"] == result.summary["systems"]["model"]["active_units"]["n"] == 1
-
-
-def test_the_command_names_no_folder(scans: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is made to be shown: of a path only its last part is in it."""
-    folder = f"--dataset_dir={tmp_path}/private/cohort"
-    monkeypatch.setattr(sys, "argv", ["python", "run", "--config_file", "configs/evaluate.json", folder])
-    result = evaluate(scans[:1], tmp_path, ScalingNetwork())
     assert result.summary["command"].endswith("cohort") and "configs/evaluate.json" in result.summary["command"]
     assert "private" not in result.text and "private" not in result.summary["command"]
 

@@ -21,17 +21,13 @@ LOWRANK = {"prior": "lowrank", "n_components": 3}
 PAIR = ["sub-01_T1w", "sub-02_T1w"]
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no folder": ({"prior": "gaussian", "dataset_dir": ""}, "folder made by encode.json"),
-    "another prior": ({"prior": "flow"}, "'prior' is 'flow'"),
-    "too many components": ({"prior": "lowrank", "n_components": 6}, "'n_components' is 6"),
     "unknown label": ({"prior": "gaussian", "label_value": "athlete"}, "with label 'athlete'"),
     "another network": ({"prior": "gaussian", "spatial_size": [32, 32, 32]}, "encode the cohort anew"),
     "other weights": ({"prior": "gaussian", "weights": "other.pt"}, "encoded with other weights"),
     "other weights between": ({"between": PAIR, "weights": "other.pt"}, "encoded with other weights"),
-    "no samples": ({"n_samples": 0}, "'n_samples'"),
     "negative truncation": ({"truncation": -1}, "'truncation'"),
     "unknown volume": ({"between": [PAIR[0], "sub-99_T1w"]}, "no latent 'sub-99_T1w'"),
     "one volume": ({"between": PAIR[:1]}, "names of two volumes"),
-    "one step": ({"between": PAIR, "n_steps": 1}, "'n_steps'"),
 }
 
 

@@ -13,7 +13,7 @@ from conftest import TINY_VAE
 from monai.data import DataLoader
 from monai.inferers import LatentDiffusionInferer
 from monai.networks.nets import DiffusionModelUNet
-from monai.networks.schedulers import DDPMScheduler, RFlowScheduler, Scheduler
+from monai.networks.schedulers import DDPMScheduler
 from test_storage import HEADER
 
 from scripts.latents import (
@@ -73,63 +73,46 @@ def test_a_sample_is_fresh_and_the_mean_is_mu(folder: Path) -> None:
 
 
 def test_a_split_and_its_labels(folder: Path) -> None:
-    """Records come along; a split without latents and an unknown draw are errors."""
+    """Records come along; a split without latents and unknown words are errors."""
     data = LatentDataset(folder, split="val")
     assert [(item["name"], item["label"]) for item in data] == [("sub-4", "0"), ("sub-5", "1")]
     with pytest.raises(InputError, match="'test'"):
         LatentDataset(folder, split="test")
-    with pytest.raises(InputError, match="give one of"):
-        LatentDataset(folder, draw="median")
+    for wrong in ({"draw": "median"}, {"scaling": "most"}):
+        with pytest.raises(InputError, match="give one of"):
+            LatentDataset(folder, **wrong)
 
 
-@pytest.mark.parametrize("fault", ["changed", "missing"])
-def test_hashes_are_checked_when_asked(fault: str, folder: Path, tmp_path: Path) -> None:
-    """A changed byte is noticed with check_hashes alone, a missing file always."""
+def test_a_changed_file_is_noticed(folder: Path, tmp_path: Path) -> None:
+    """A changed byte with check_hashes alone, a missing file always."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     victim = latent_path(copy, "sub-2")
-    content = victim.read_bytes()
-    victim.unlink()
-    if fault == "changed":
-        victim.write_bytes(content[:-1] + b"x")
-        assert len(latent_datalist(copy)) == 6
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    assert len(latent_datalist(copy)) == 6
     with pytest.raises(InputError, match="sub-2"):
-        latent_datalist(copy, check_hashes=fault == "changed")
+        latent_datalist(copy, check_hashes=True)
+    victim.unlink()
+    with pytest.raises(InputError, match="sub-2"):
+        latent_datalist(copy)
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        DDPMScheduler(num_train_timesteps=10, clip_sample=False),
-        RFlowScheduler(num_train_timesteps=10, use_discrete_timesteps=True),
-    ],
-    ids=["ddpm", "rectified-flow"],
-)
-def test_monais_latent_diffusion_trains_and_samples(scheduler: Scheduler, folder: Path) -> None:
-    """A few steps lower the loss of a fixed batch; a sample is unpadded, unscaled and decoded to a volume."""
+def test_monais_latent_diffusion_samples_volumes(folder: Path) -> None:
+    """Its inferer takes the batch as it is, and what it samples is unpadded, unscaled and decoded."""
     torch.manual_seed(0)
     data = LatentDataset(folder, split="train", pad=True)
-    z = next(iter(DataLoader(data, batch_size=4)))["latent"]
+    z = next(iter(DataLoader(data, batch_size=2)))["latent"]
     unet = DiffusionModelUNet(
         spatial_dims=3, in_channels=4, out_channels=4, channels=[8, 8, 16], num_res_blocks=1,
         attention_levels=[False] * 3, norm_num_groups=4, num_head_channels=4,
-    )  # fmt: skip
-    vae = BrainVAE(**TINY_VAE).eval()
-    stage = FirstStage(vae, data.scaling, data.sides)
-    inferer = LatentDiffusionInferer(scheduler, scale_factor=1.0)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
-    noise, steps = torch.randn_like(z), torch.tensor([1, 3, 5, 7])
-    target = noise if isinstance(scheduler, DDPMScheduler) else z - noise
-    losses = []
-    for _ in range(12):
-        prediction = inferer(inputs=z, autoencoder_model=stage, diffusion_model=unet, noise=noise, timesteps=steps)
-        loss = torch.nn.functional.mse_loss(prediction, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.95 * losses[0]
+    ).eval()  # fmt: skip
+    vae, scheduler = BrainVAE(**TINY_VAE).eval(), DDPMScheduler(num_train_timesteps=10, clip_sample=False)
+    stage, inferer = FirstStage(vae, data.scaling, data.sides), LatentDiffusionInferer(scheduler, scale_factor=1.0)
+    noise, steps = torch.randn_like(z), torch.tensor([1, 3])
+    with torch.no_grad():
+        found = inferer(inputs=z, autoencoder_model=stage, diffusion_model=unet, noise=noise, timesteps=steps)
+        torch.testing.assert_close(found, unet(scheduler.add_noise(z, noise, steps), steps))
+        raw = torch.stack([data.scaling.undo(one, data.sides) for one in z])
+        torch.testing.assert_close(stage.decode_stage_2_outputs(z), vae.decode(raw))
     scheduler.set_timesteps(num_inference_steps=4)
-    volume = inferer.sample(torch.randn_like(z[:1]), stage, unet.eval(), scheduler, verbose=False)
+    volume = inferer.sample(torch.randn_like(z[:1]), stage, unet, scheduler, verbose=False)
     assert volume.shape == (1, 1, *(4 * side for side in SHAPE[1:])) and torch.isfinite(volume).all()
-    raw = data.scaling.undo(z[0], data.sides)
-    torch.testing.assert_close(stage.decode_stage_2_outputs(z[:1]), vae.decode(raw[None]))

@@ -54,20 +54,15 @@ def declare(path: Path, shape: tuple[int, ...]) -> None:
 # file, how it is written, what the error says besides its name
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "nothing": ("x.npy", lambda path: None, "is no latent file"),
-    "a folder": ("x.npy", lambda path: path.mkdir(), "is no latent file"),
-    "another ending": ("x.txt", lambda path: path.touch(), "is no latent file"),
     "not finite": ("x.npy", lambda path: save(path, NOT_FINITE), "NaN"),
     "complex array": ("x.npy", lambda path: np.save(path, np.zeros(SHAPE, complex)), "real numbers"),
     "complex image": ("x.nii", lambda path: save(path, Z.to(torch.complex64)), "complex64"),
     "bool": ("x.pt", lambda path: torch.save(Z > 0, path), "real numbers"),
     "sparse": ("x.pt", lambda path: torch.save(Z.to_sparse(), path), "save it dense"),
-    "no values": ("x.pt", lambda path: torch.save(Z.to("meta"), path), "save it dense"),
     "expanded": ("x.pt", lambda path: torch.save(torch.zeros(1).expand(10**12), path), "declares"),
-    "no tensor": ("x.pt", lambda path: torch.save([1, 2], path), "save the latent alone"),
     "unnamed": ("x.safetensors", lambda path: save_file({"a": Z, "b": Z + 1}, path), "a, b"),
     "terabytes": ("x.npy", lambda path: declare(path, (10**4,) * 3), ""),
     "terabytes in an archive": ("x.npz", lambda path: declare(path, (2**62, 8)), "declares"),
-    "a negative side": ("x.npz", lambda path: declare(path, (-1, 3)), ""),
     "3D image": ("x.nii", lambda path: nib.save(nib.Nifti1Image(Z[0].numpy(), np.eye(4)), path), "fourth axis"),
 }
 
@@ -78,33 +73,20 @@ def test_every_format_is_read(ending: str, tmp_path: Path) -> None:
     save(tmp_path / f"x{ending}", Z)
     found = read_tensor(tmp_path / f"x{ending}")
     assert torch.equal(found, Z) and found.dtype == torch.float32
-
-
-def test_images_of_vectors_and_the_only_entry(tmp_path: Path) -> None:
-    """A fifth axis after one of size 1 (NIfTI's vectors), and a dict's only tensor under a key that is no text."""
-    nib.save(nib.Nifti1Image(np.moveaxis(Z.numpy(), 0, -1)[:, :, :, None], np.eye(4)), tmp_path / "x.nii.gz")
-    torch.save({0: Z}, tmp_path / "x.pt")
-    for name in ("x.nii.gz", "x.pt"):
-        assert torch.equal(read_tensor(tmp_path / name), Z)
+    nib.save(nib.Nifti1Image(np.moveaxis(Z.numpy(), 0, -1)[:, :, :, None], np.eye(4)), tmp_path / "vectors.nii")
+    assert torch.equal(read_tensor(tmp_path / "vectors.nii"), Z)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_damage_anywhere_is_named(ending: str, tmp_path: Path) -> None:
-    """Empty, a web page, cut, or with a stretch overwritten: one sentence with the path, or it is read."""
+def test_damage_is_named(ending: str, tmp_path: Path) -> None:
+    """A web page, or cut anywhere: one sentence with the path, whatever the reader raises."""
     path = tmp_path / f"x{ending}"
     save(path, Z)
     raw = path.read_bytes()
-    places = range(0, len(raw) - 8, len(raw) // 8)
-    for content in (b"<html>no such page</html>", *(raw[:place] for place in places)):
+    for content in (b"<html>no such page</html>", *(raw[:place] for place in range(0, len(raw) - 8, len(raw) // 8))):
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"x{ending}"):
             read_tensor(path)
-    for place in places:
-        path.write_bytes(raw[:place] + b"\xff" * 8 + raw[place + 8 :])
-        try:
-            read_tensor(path)
-        except InputError as error:
-            assert f"x{ending}" in str(error)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -124,17 +106,14 @@ def test_a_pickle_is_not_run(ending: str, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return exec, (f"open({str(tmp_path / 'sentinel')!r}, 'w')",)
 
-    if ending == ".npy":
-        np.save(tmp_path / "x.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    else:
-        (tmp_path / "x.pt").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(InputError, match="x"):
+    np.save(tmp_path / "x.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(InputError, match=rf"x\{ending}"):
         read_tensor(tmp_path / f"x{ending}")
     assert not (tmp_path / "sentinel").exists()
 
 
-@pytest.mark.parametrize("padded", ["no", "yes"])
-@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(("batch", "padded"), [(False, "no"), (True, "yes")])
 def test_what_was_done_is_undone(batch: bool, padded: str, tmp_path: Path) -> None:
     """Scaling, padding and a batch axis of one, as `decode.json` says them."""
     (tmp_path / "latent_stats.json").write_text(json.dumps(STATISTICS))
@@ -159,25 +138,21 @@ def test_another_shape_is_refused(shape: list[int], padded: bool, message: str) 
         to_raw(torch.zeros(shape), "x.npy", SHAPE, padded, LatentScaling("raw"))
 
 
-def touch(folder: Path, *files: str) -> None:
-    """Empty files in subfolders."""
-    for file in files:
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).touch()
-
-
-def test_names_are_unique(tmp_path: Path) -> None:
-    """Stems less `_latent`; folders before equal stems; the ending where even those are equal; no hidden files."""
-    touch(tmp_path, "a/x_latent.safetensors", "b/x.npy", "y.npy", "y.pt", ".hidden.npy", "note.txt")
-    assert [record["name"] for record in list_latents(tmp_path)] == ["a_x", "b_x", "y_npy", "y_pt"]
-
-
 @pytest.mark.parametrize(
-    ("files", "message"),
-    [(["a/x.npy", "b/x.npy", "a_x.npy"], "would get one name"), (["note.txt"], "'dataset_dir'"), ([], "no folder of")],
+    ("files", "expected"),
+    [
+        (["a/x_latent.safetensors", "b/x.npy", "y.npy", "y.pt", ".h.npy", "n.txt"], ["a_x", "b_x", "y_npy", "y_pt"]),
+        (["a/x.npy", "b/x.npy", "a_x.npy"], "would get one name"),  # outputs would overwrite each other
+        (["note.txt"], "'dataset_dir'"),
+    ],
 )
-def test_a_folder_without_a_latent_a_name_is_refused(files: list[str], message: str, tmp_path: Path) -> None:
-    """Outputs of one name would overwrite each other; a place without latents is said."""
-    touch(tmp_path, *files)
-    with pytest.raises(InputError, match=message):
-        list_latents(tmp_path)
+def test_names_are_unique(files: list[str], expected: list[str] | str, tmp_path: Path) -> None:
+    """Stems less `_latent`; folders before equal stems; the ending where even those are equal; no hidden files."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    if isinstance(expected, list):
+        assert [record["name"] for record in list_latents(tmp_path)] == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            list_latents(tmp_path)

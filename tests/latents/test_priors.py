@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from scripts.latents import GaussianPrior, LowRankPrior, Prior, StandardPrior, fit_prior, interpolate, load_prior
 from scripts.networks import Posterior
@@ -36,8 +33,6 @@ PRIORS = {
     "lowrank": fit_prior("lowrank", iter(cohort()), SHAPE, 3),  # a generator is enough
     "lowrank with residual": fit_prior("lowrank", cohort(), SHAPE, 3, True),
 }
-IMPOSSIBLE = [(0, truncation, "truncation") for truncation in (-1, math.nan, math.inf, "half")]
-IMPOSSIBLE += [(seed, 1.0, "seed") for seed in (-1, 0.5)]
 
 
 def draws(prior: Prior, n: int = 4000) -> torch.Tensor:
@@ -45,34 +40,17 @@ def draws(prior: Prior, n: int = 4000) -> torch.Tensor:
     return torch.stack([prior.sample(7, index) for index in range(n)])
 
 
-@settings(max_examples=40, deadline=None)
-@given(name=st.sampled_from(sorted(PRIORS)), seed=st.integers(0, 2**64), index=st.integers(0, 10**6))
-def test_a_sample_depends_on_seed_and_index_alone(name: str, seed: int, index: int) -> None:
-    """Whatever else was drawn before; the global generator is neither used nor moved."""
-    prior = PRIORS[name]
-    state = torch.get_rng_state()
-    first = prior.sample(seed, index)
-    assert (first.shape, first.dtype) == (prior.shape, torch.float32)
-    assert not torch.equal(prior.sample(seed, index + 1), first)
-    assert not torch.equal(prior.sample(seed + 1, index), first)
-    assert torch.equal(prior.sample(seed, index), first)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("name", PRIORS)
-def test_truncation_scales_about_the_mean(name: str) -> None:
-    """0 is the mean, one half is half the way."""
-    prior = PRIORS[name]
+def test_a_sample_depends_on_seed_and_index_alone(name: str) -> None:
+    """Not on the global generator, nor on what was drawn before; truncation scales about the mean."""
+    prior, state = PRIORS[name], torch.get_rng_state()
+    first = prior.sample(2**63, 7)
+    assert (first.shape, first.dtype) == (prior.shape, torch.float32)
+    assert not torch.equal(prior.sample(2**63, 8), first) and not torch.equal(prior.sample(2**63 + 1, 7), first)
+    assert torch.equal(prior.sample(2**63, 7), first) and torch.equal(torch.get_rng_state(), state)
     assert torch.equal(prior.sample(0, 0, 0), prior.mean)
-    half = prior.mean + (prior.sample(0, 0) - prior.mean) / 2
-    torch.testing.assert_close(prior.sample(0, 0, 0.5), half, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("seed", "truncation", "key"), IMPOSSIBLE)
-def test_an_impossible_draw_is_refused(seed: Any, truncation: Any, key: str) -> None:
-    """The key is named."""
-    with pytest.raises(InputError, match=f"'{key}'"):
-        PRIORS["standard"].sample(seed, 0, truncation)
+    half = prior.mean + (first - prior.mean) / 2
+    torch.testing.assert_close(prior.sample(2**63, 7, 0.5), half, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -86,22 +64,9 @@ def test_a_prior_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
     assert (type(loaded), loaded.label) == (type(prior), "patient")
     assert torch.equal(loaded.sample(3, 1), prior.sample(3, 1))
     assert [path.name for path in tmp_path.iterdir()] == ["prior.safetensors"]
-
-
-@pytest.mark.parametrize("content", [None, b"", b"<html>"])
-def test_what_is_no_prior_is_not_loaded(content: bytes | None, tmp_path: Path) -> None:
-    """The file is named."""
-    if content is not None:
-        (tmp_path / "prior.safetensors").write_bytes(content)
+    (tmp_path / "prior.safetensors").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"prior\.safetensors"):
         load_prior(tmp_path / "prior.safetensors")
-
-
-def test_standard_samples_are_standard_normal() -> None:
-    """Mean 0 and variance 1 at every value, within 5 standard errors of 4,000 draws."""
-    samples = draws(PRIORS["standard"])
-    np.testing.assert_allclose(samples.mean(0), 0, atol=0.08)
-    np.testing.assert_allclose(samples.var(0), 1, atol=0.12)
 
 
 def test_the_gaussian_prior_has_the_cohorts_moments() -> None:
@@ -113,6 +78,7 @@ def test_the_gaussian_prior_has_the_cohorts_moments() -> None:
     np.testing.assert_allclose(prior.mean, means.mean(0), rtol=1e-6)
     np.testing.assert_allclose(prior.variance, variance, rtol=1e-6)
     np.testing.assert_allclose(draws(prior).var(0) / variance, 1, atol=0.12)
+    np.testing.assert_allclose(draws(PRIORS["standard"]).var(0), 1, atol=0.12)
 
 
 @pytest.mark.parametrize("n", [15, 16, 18, 19, N])
@@ -130,14 +96,6 @@ def test_components_are_those_of_a_whole_pca(n: int) -> None:
     overlap = np.abs(rows[:3] @ prior.components.double().numpy().reshape(3, -1).T)
     np.testing.assert_allclose(overlap, np.eye(3), atol=1e-4 if is_one_batch else 3e-2)
     np.testing.assert_allclose(overlap.diagonal(), 1, atol=1e-5 if is_one_batch else 1e-3)
-
-
-def test_as_many_components_as_can_be_are_the_whole_variance() -> None:
-    """One component less than volumes: nothing is left but sigma squared, to float32's rounding of a variance of 30."""
-    data = cohort(9)
-    prior = LowRankPrior.fit(data, 8, residual=True)
-    expected = torch.stack([posterior.logvar.exp() for posterior in data]).mean(0)
-    torch.testing.assert_close(prior.residual, expected, rtol=0, atol=1e-4)
 
 
 def test_low_rank_samples_lie_along_the_components() -> None:
@@ -159,19 +117,21 @@ def test_the_residual_completes_the_variance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "n", "components", "message"),
+    ("kind", "n", "message"),
     [
-        ("flow", 9, 3, "'prior'"),
-        ("gaussian", 1, 3, "two latents or more"),
-        ("lowrank", 5, 5, "'n_components' is 5, but there are 5"),
-        ("lowrank", 5, 0, "'n_components'"),
-        ("lowrank", 0, 2, "there are 0"),
+        ("flow", 9, "'prior'"),
+        ("gaussian", 1, "two latents or more"),
+        ("lowrank", 3, "'n_components' is 3, but there are 3"),
+        ("lowrank", 0, "there are 0"),
     ],
 )
-def test_what_cannot_be_fitted_is_said(kind: str, n: int, components: int, message: str) -> None:
+def test_what_cannot_be_fitted_or_drawn_is_said(kind: str, n: int, message: str) -> None:
     """With the numbers."""
     with pytest.raises(InputError, match=message):
-        fit_prior(kind, cohort(n), SHAPE, components)
+        fit_prior(kind, cohort(n), SHAPE, 3)
+    for seed, truncation, key in ((0, -1, "truncation"), (0, math.nan, "truncation"), (-1, 1.0, "seed")):
+        with pytest.raises(InputError, match=f"'{key}'"):
+            PRIORS["standard"].sample(seed, 0, truncation)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "lowrank"])
@@ -188,11 +148,10 @@ def test_latents_that_do_not_fit_are_refused(kind: str) -> None:
             fit_prior(kind, latents, shape, 2)
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 999), n_steps=st.integers(2, 9), kind=st.sampled_from(["linear", "spherical"]))
-def test_a_way_has_its_ends_and_norms_between(seed: int, n_steps: int, kind: str) -> None:
-    """Exact ends; equal steps on a line, or norms that go over linearly along the arc."""
-    ends = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("kind", ["linear", "spherical"])
+def test_a_way_has_its_ends_and_norms_between(kind: str) -> None:
+    """Exact ends; equal steps on a line, or equal angles and norms that go over linearly along the arc."""
+    n_steps, ends = 7, torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     start, end = ends * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1)
     path = interpolate(start, end, n_steps, kind)
     assert path.shape == (n_steps, *SHAPE)
@@ -215,10 +174,9 @@ def test_opposite_and_equal_ends_go_straight() -> None:
         torch.testing.assert_close(interpolate(z, end, 3, "spherical")[1], (z + end) / 2)
 
 
-@pytest.mark.parametrize(("n_steps", "kind", "key"), [(1, "linear", "n_steps"), (3, "cubic", "interpolation")])
-def test_an_impossible_way_is_refused(n_steps: int, kind: str, key: str) -> None:
+def test_an_impossible_way_is_refused() -> None:
     """The key is named, and latents of two networks are noticed."""
-    with pytest.raises(InputError, match=f"'{key}'"):
-        interpolate(torch.zeros(SHAPE), torch.ones(SHAPE), n_steps, kind)
-    with pytest.raises(InputError, match="two latents"):
-        interpolate(torch.zeros(SHAPE), torch.ones(1, *SHAPE[1:]), 3)
+    z = torch.ones(SHAPE)
+    for end, n_steps, kind in ((z, 1, "linear"), (z, 3, "cubic"), (z[:1], 3, "linear")):
+        with pytest.raises(InputError, match="'n_steps'|'interpolation'|two latents"):
+            interpolate(z, end, n_steps, kind)

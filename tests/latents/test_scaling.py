@@ -10,7 +10,6 @@ from monai.inferers import LatentDiffusionInferer
 from monai.networks.schedulers import DDPMScheduler
 
 from scripts.latents import SCALINGS, LatentScaling, padded_shape
-from scripts.run import InputError
 
 STATISTICS = {
     "scale_factor": {"channel": [0.5, 2.0, 1.0, 4.0], "overall": 0.75},
@@ -19,15 +18,10 @@ STATISTICS = {
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    kind=st.sampled_from(SCALINGS),
-    pad=st.booleans(),
-    sides=st.tuples(*[st.integers(1, 9)] * 3),
-    seed=st.integers(0, 99),
-)
-def test_scaling_is_undone(kind: str, pad: bool, sides: tuple[int, int, int], seed: int) -> None:
+@given(kind=st.sampled_from(SCALINGS), pad=st.booleans(), sides=st.tuples(*[st.integers(1, 9)] * 3))
+def test_scaling_is_undone(kind: str, pad: bool, sides: tuple[int, int, int]) -> None:
     """apply then undo is the identity to float32's rounding, for every kind, padding and size."""
-    z = torch.randn(4, *sides, generator=torch.Generator().manual_seed(seed))
+    z = torch.randn(4, *sides, generator=torch.Generator().manual_seed(0))
     scaling = LatentScaling(kind, STATISTICS, pad)
     scaled = scaling.apply(z)
     assert list(scaled.shape[1:]) == (padded_shape(sides) if pad else list(sides))
@@ -53,10 +47,3 @@ def test_padding_is_that_of_monais_inferer(sides: tuple[int, int, int]) -> None:
     assert torch.equal(padded, torch.as_tensor(inferer.ldm_resizer(z)))
     assert torch.equal(scaling.undo(padded, sides), z)
     assert torch.equal(z, torch.as_tensor(inferer.autoencoder_resizer(padded)))
-
-
-@pytest.mark.parametrize(("kind", "message"), [("most", "give one of"), ("channel", "latent_stats")])
-def test_impossible_scaling_is_refused(kind: str, message: str) -> None:
-    """With the words that there are, and what a scaling needs."""
-    with pytest.raises(InputError, match=message):
-        LatentScaling(kind)

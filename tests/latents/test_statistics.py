@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_storage import HEADER
 
-from scripts.jobs.encode import finish_folder
-from scripts.latents import ActiveUnits, LatentStatistics, latent_path, read_manifest, write_latent
+from scripts.latents import ActiveUnits, LatentStatistics
 
 CASES = {  # volumes, shape, type
     "one volume": (1, (4, 2, 3, 2), torch.float32),
@@ -89,44 +83,13 @@ def test_a_dead_channel_is_not_blown_up() -> None:
     assert streamed(dead, dead * -math.inf).result()["scale_factor"] == {"channel": [1.0], "overall": 1.0}
 
 
-@settings(max_examples=20, deadline=None)
-@given(cuts=st.lists(st.integers(1, 11), max_size=4, unique=True), offset=st.floats(-1e3, 1e3), seed=st.integers(0, 9))
-def test_active_units_do_not_depend_on_batches(cuts: list[int], offset: float, seed: int) -> None:
-    """Any cut into batches, and merging two halves, gives the variance of the whole set."""
-    mu = torch.randn(12, 2, 3, 3, 3, generator=torch.Generator().manual_seed(seed)).double() * 0.1 + offset
+@pytest.mark.parametrize("cuts", [[], [1, 2, 9], [6]])
+def test_active_units_do_not_depend_on_batches(cuts: list[int]) -> None:
+    """Any cut into batches, and merging two halves, gives the variance of the whole set, also far from zero."""
+    mu = torch.randn(12, 2, 3, 3, 3, generator=torch.Generator().manual_seed(0)).double() * 0.1 + 1000
     units, other = ActiveUnits(), ActiveUnits()
-    for number, batch in enumerate(mu.tensor_split(sorted(cuts))):
+    assert math.isnan(units.share())
+    for number, batch in enumerate(mu.tensor_split(cuts)):
         (other if number % 2 else units).update(batch)
     units.merge(other)
-    assert units.n == 12 and units.share(0.01) == float((mu.var(0) > 0.01).double().mean())
-
-
-def test_active_units_counts_what_varies() -> None:
-    """One of two channels varies by more than the threshold; one volume alone says nothing."""
-    units = ActiveUnits()
-    units.update(torch.tensor([0.0, 0.0]).view(1, 2, 1, 1, 1))
-    assert math.isnan(units.share())
-    units.update(torch.tensor([0.3, 0.1]).view(1, 2, 1, 1, 1))  # variances 0.045 and 0.005
-    assert units.share() == 0.5
-    with pytest.raises(ValueError, match="cannot be compared"):
-        units.update(torch.zeros(1, 2, 2, 1, 1))
-
-
-@pytest.mark.slow
-def test_a_large_folder_is_finished_in_flat_memory(tmp_path: Path, n: int = 1_000) -> None:
-    """Beside a folder of n / 4 files, memory grows by a path and a row of the report a file (about 2,000 bytes), not by
-    the content (two tensors of 4,096 bytes)."""
-    peaks = []
-    for count in (2, n // 4, n):  # the first imports what a report needs
-        folder = tmp_path / str(count)
-        for number in range(count):
-            mu = torch.full((4, 4, 8, 8), float(number))
-            name = f"sub-{number:05d}"
-            path = latent_path(folder, name, shards=16)
-            write_latent(path, mu, -mu / n, {**HEADER, "name": name, "weights_sha256": "w"})
-        tracemalloc.start()
-        finish_folder(folder, {"weights_sha256": "w"})
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[2] < peaks[1] + 3_000 * (n - n // 4)
-    assert sum(1 for _ in read_manifest(tmp_path / str(n))) == n
+    assert units.n == 12 and 0 < units.share(0.01) == float((mu.var(0) > 0.01).double().mean()) < 1

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save
 
 from scripts.latents import (
@@ -43,18 +41,11 @@ LINE = {"file": "x_latent.safetensors", "name": "x", "subject": "", "session": "
 MANIFESTS = {
     "no JSON": ("nonsense\n", "line 1"),
     "outside": (json.dumps({**LINE, "file": "../x_latent.safetensors"}), "outside the folder"),
-    "absolute": (json.dumps({**LINE, "file": "/x_latent.safetensors"}), "outside the folder"),
     "name with a folder": (json.dumps({**LINE, "name": "../x"}), "outside the folder"),
     "no label": (f'{json.dumps(LINE)}\n{{"file": "x", "name": "x"}}\n', "line 2"),
     "none": (None, "run encode.json"),
 }
-STATISTICS = {
-    "no JSON": "nonsense",
-    "no scale": '{"scale_factor": {"channel": [0], "overall": 1}, "shift": {"channel": [0], "overall": 0}}',
-    "no number": '{"scale_factor": {"channel": [NaN], "overall": 1}, "shift": {"channel": [0], "overall": 0}}',
-    "lengths": '{"scale_factor": {"channel": [1], "overall": 1}, "shift": {"channel": [0, 0], "overall": 0}}',
-    "none": None,
-}
+STATISTICS = '{"scale_factor": {"channel": [%s], "overall": 1}, "shift": {"channel": [0], "overall": 0}}'
 
 
 def some_latent(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,27 +75,20 @@ def test_what_is_written_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(latent.mu, mu) and torch.equal(latent.logvar, logvar)
     assert latent.header == read_header(tmp_path / f"x{ENDING}") == HEADER
     assert torch.equal(latent.posterior.logvar, logvar.float())
-
-
-@settings(max_examples=20, deadline=None)
-@given(label=st.text(max_size=40), factor=st.floats(allow_nan=False, allow_infinity=False))
-def test_any_header_comes_back(label: str, factor: float, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Quotes, unicode and any number; lone surrogates cannot be stored by any format and are left out."""
-    header = {**HEADER, "label": label.encode("utf-8", "ignore").decode(), "intensity_factor": factor}
-    path = tmp_path_factory.mktemp("header") / f"x{ENDING}"
-    write_latent(path, *some_latent(), header)
-    assert read_header(path) == header
+    with pytest.raises(ValueError, match="mu and logvar"):
+        write_latent(tmp_path / f"x{ENDING}", mu, logvar.double(), HEADER)
 
 
 def test_the_same_content_gives_the_same_aligned_bytes(tmp_path: Path) -> None:
     """safetensors keeps texts in a hash map of another order each time; memory maps want multiples of 8 bytes."""
+    path = tmp_path / f"x{ENDING}"
     for length in range(8):
-        header = {**HEADER, "label": "x" * length}
         found = set()
         for _ in range(3):
-            write_latent(tmp_path / f"x{ENDING}", *some_latent(), header)
-            found.add((tmp_path / f"x{ENDING}").read_bytes())
+            write_latent(path, *some_latent(), {**HEADER, "label": 'é"' * length})
+            found.add(path.read_bytes())
         assert len(found) == 1 and int.from_bytes(found.pop()[:8], "little") % 8 == 0
+        assert read_header(path)["label"] == 'é"' * length
 
 
 @pytest.mark.parametrize("fault", ["missing", "empty", "cut", "text", "foreign"])
@@ -130,32 +114,14 @@ def test_a_header_that_no_scan_has_is_refused(key: str, tmp_path: Path) -> None:
         read_header(tmp_path / f"x{ENDING}")
 
 
-@pytest.mark.parametrize(
-    ("mu", "logvar"),
-    [
-        (torch.zeros(4, 2, 2, 2), torch.zeros(4, 2, 2, 1)),
-        (torch.zeros(1, 4, 2, 2, 2), torch.zeros(1, 4, 2, 2, 2)),
-        (torch.zeros(4, 2, 2, 2), torch.zeros(4, 2, 2, 2).half()),
-        (torch.zeros(4, 2, 2, 2).double(), torch.zeros(4, 2, 2, 2).double()),
-    ],
-    ids=["shapes", "batch", "types", "double"],
-)
-def test_what_is_no_latent_is_not_written(mu: torch.Tensor, logvar: torch.Tensor, tmp_path: Path) -> None:
-    """And no file is left."""
-    with pytest.raises(ValueError, match="mu and logvar"):
-        write_latent(tmp_path / f"x{ENDING}", mu, logvar, HEADER)
-    assert not list(tmp_path.iterdir())
-
-
 def test_shards_hold_a_name_for_good() -> None:
     """By the name's sha256, so in every process; all subfolders are used, and none for 0."""
     paths = [latent_path("out", f"sub-{number}", 4) for number in range(100)]
     assert {path.parent.name for path in paths} == {"0000", "0001", "0002", "0003"}
     assert latent_path("out", "sub-01", 4) == Path("out/0003") / f"sub-01{ENDING}"  # as files on disks have it
     assert latent_path("out", "x") == Path("out") / f"x{ENDING}"
-    for shards in (-1, 1.5, True, "2"):
-        with pytest.raises(InputError, match="'shards'"):
-            latent_path("out", "x", shards)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'shards'"):
+        latent_path("out", "x", -1)
 
 
 def test_a_folder_is_read_by_split_and_label(folder: Path) -> None:
@@ -180,10 +146,10 @@ def test_a_damaged_manifest_is_named(fault: str, tmp_path: Path) -> None:
         list(read_manifest(tmp_path))
 
 
-@pytest.mark.parametrize("fault", STATISTICS)
-def test_damaged_statistics_are_named(fault: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, "nonsense", STATISTICS % "0", STATISTICS % "NaN", STATISTICS % "1, 1"])
+def test_damaged_statistics_are_named(content: str | None, tmp_path: Path) -> None:
     """A scale of 0 or NaN would make every latent that is scaled by it useless without a word."""
-    if (text := STATISTICS[fault]) is not None:
-        (tmp_path / "latent_stats.json").write_text(text)
+    if content is not None:
+        (tmp_path / "latent_stats.json").write_text(content)
     with pytest.raises(InputError, match=r"latent_stats\.json .*run encode\.json"):
         read_statistics(tmp_path)

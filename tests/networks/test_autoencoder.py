@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-from scripts.networks import BrainVAE, FoldedUpsample, PositionResBlock, start, start_deterministic
+from scripts.networks import BrainVAE, FoldedUpsample, start, start_deterministic
 from scripts.run import InputError
 from scripts.training import VAELoss
 
@@ -87,15 +87,6 @@ def test_every_upsampling_is_folded(shipped: BrainVAE):
     others = [BrainVAE(**TINY), BrainVAE(**{**TINY, "use_convtranspose": True})]
     folded = [sum(isinstance(block, FoldedUpsample) for block in net.modules()) for net in (shipped, *others)]
     assert folded == [1, 2, 0]
-
-
-def test_every_block_is_position_wise(shipped: BrainVAE):
-    """`norm` leaves no group normalisation, and the names that stay are MONAI's."""
-    assert not any(isinstance(module, nn.GroupNorm) for module in shipped.modules())
-    assert sum(isinstance(module, PositionResBlock) for module in shipped.modules()) == 4
-    same_levels = {"channels": [64, 128], "num_res_blocks": [1, 1], "attention_levels": [False] * 2}
-    theirs = AutoencoderKL(**{**LITE, **same_levels}).state_dict()
-    assert set(shipped.state_dict()) <= set(theirs)
 
 
 def test_a_linear_path_leads_through_the_network():

@@ -55,12 +55,6 @@ def test_kl_gradient():
     torch.testing.assert_close(sigma.grad, torch.tensor([0.25 - 4, 2 - 0.5]))
 
 
-def test_half_precision_does_not_overflow():
-    """A log-variance of 20 overflows float16 (22026 squared), but not its KL, which is computed in fp32."""
-    kl = Posterior.of_sigma(torch.zeros(1).half(), torch.tensor([22026.0]).half()).kl()
-    assert kl.dtype == torch.float32 and kl.item() == pytest.approx(2.4e8, rel=0.02)
-
-
 @pytest.mark.parametrize("logvar", [-30.0, -8.0, 0.0, 20.0])
 def test_sigma_and_logvar_are_inverse(logvar: float):
     """sigma is exp(logvar / 2), which gives back the log-variance up to the clamp's ends."""

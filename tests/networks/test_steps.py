@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_VAE, make_weights
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from torch import nn
 
@@ -18,7 +18,6 @@ from scripts.networks import (
     AutocastInferer,
     BrainVAE,
     SlabVAE,
-    computes_bf16_fast,
     decode_iteration,
     encode_iteration,
     place,
@@ -27,8 +26,6 @@ from scripts.networks import (
     read_state_dict,
     trained,
 )
-from scripts.run import InputError
-from scripts.training import VAELoss
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -79,12 +76,6 @@ def test_autocast_on_and_off(amp: Any, expected: torch.dtype):
         assert torch.is_autocast_enabled("cpu") is (expected == BF16)
 
 
-def test_amp_that_is_no_switch_is_refused():
-    """A mistyped switch is named by its key."""
-    with pytest.raises(InputError, match="'amp' is 'maybe'"):
-        AutocastInferer("maybe", "cpu")
-
-
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_old_card_runs_in_fp32(monkeypatch: pytest.MonkeyPatch, has_bf16: bool):
     """A CUDA card counts as having bf16 only where it does not emulate it."""
@@ -92,27 +83,6 @@ def test_old_card_runs_in_fp32(monkeypatch: pytest.MonkeyPatch, has_bf16: bool):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: asked.append(kwargs) or has_bf16)
     assert AutocastInferer(True, "cuda:0").amp is has_bf16
     assert asked == [{"including_emulation": False}]
-
-
-@pytest.mark.parametrize(("device", "capability", "expected"), [
-    ("cuda", "", True), ("cpu", "amx_bf16", True), ("cpu", "avx512_bf16", True), ("cpu", "avx2", False),
-])  # fmt: skip
-def test_bf16_is_fast_where_there_are_instructions(monkeypatch, device: str, capability: str, expected: bool):
-    """A GPU, or a CPU with AMX or AVX-512 BF16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    assert computes_bf16_fast(device) is expected
-
-
-def test_training_under_autocast_keeps_fp32_gradients():
-    """The trainer unpacks the three outputs; under bf16 the loss and the gradients are fp32 and finite."""
-    vae, loss = network().train(), VAELoss()
-    trainer = SupervisedTrainer(
-        CPU, 1, loader(), vae, torch.optim.SGD(vae.parameters(), 1e-3), loss,
-        prepare_batch=prepare_batch, inferer=AutocastInferer(True, CPU), decollate=False,
-    )  # fmt: skip
-    trainer.run()
-    assert trainer.state.output["loss"].dtype == FP32 and set(loss.parts) == {"loss", "l1", "kl"}
-    assert all(p.grad.dtype == FP32 and p.grad.isfinite().all() for p in vae.parameters())
 
 
 def evaluate(vae: nn.Module, iteration: Callable, data: DataLoader, amp: bool = False) -> tuple[Outputs, list[str]]:

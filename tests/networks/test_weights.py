@@ -107,12 +107,6 @@ def test_missing_file_is_refused(tmp_path: Path, missing: str):
         read_state_dict(tmp_path / missing)
 
 
-def test_path_that_is_none_is_refused():
-    """A number from the command line."""
-    with pytest.raises(InputError, match="'weights' is 3; give the path"):
-        read_state_dict(3)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("content", NO_STATE_DICT, ids=str)
 def test_other_content_is_refused(tmp_path: Path, content: Any):
     """A torch file without a state dict is not taken for one."""

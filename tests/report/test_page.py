@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import re
 
 import nibabel as nib
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from scripts.report import CEILING, Report, quantised
+from scripts.report import CEILING, Report, add_volumes, facts_of, group_of, quantised
 from scripts.report import page as report
 
 VOLUME = np.linspace(0, 1, 8 * 9 * 7, dtype=np.float32).reshape(8, 9, 7)
@@ -103,17 +104,14 @@ def test_quantised_is_monotone_and_bounded(top: float, value: float) -> None:
 
 
 def test_fine_volumes_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over cubes, a remainder at the far edge cut off."""
+    """Over cubes, a remainder at the far edge cut off; what is not finite is black."""
     monkeypatch.setattr(report, "MOST_VOXELS", 8)
     packed, factor = quantised(np.kron(np.array([[[0.2, 0.4], [0.6, 0.8]]] * 2), np.ones((2, 2, 2))))
     assert factor == 2
     np.testing.assert_array_equal(packed[0], np.rint(np.array([[0.2, 0.4], [0.6, 0.8]]) * 255 / CEILING))
     packed, factor = quantised(np.pad(np.full((3, 3, 3), 0.5), ((0, 1), (0, 2), (0, 0)), constant_values=9.0))
     assert factor == 2 and packed.shape == (2, 2, 1)
-
-
-def test_not_finite_voxels_are_black() -> None:
-    """Neither nan nor infinity becomes white."""
+    monkeypatch.undo()
     assert quantised(np.array([[[np.nan, np.inf, -np.inf, 0.5]]]))[0].tolist() == [[[0, 0, 0, 106]]]
 
 
@@ -131,3 +129,17 @@ def test_a_table_says_what_is_not_finite() -> None:
     made.add_table("T", pd.DataFrame({"psnr": [np.inf, np.nan, 1.5], "name": ["a", None, "c"]}), better={"psnr": True})
     rendered = made.render()
     assert '"rows":[["inf","a"],["nan",null],[1.5,"c"]]' in rendered and '"better":"more"' in rendered
+
+
+def test_the_table_of_volumes_leaves_out_what_is_empty() -> None:
+    """Session or label without a value is no column; volumes are told apart by label, else by split, else not."""
+    rows = pd.DataFrame({"name": ["a", "b"], "session": "", "label": "", "split": ["train", "val"], "l1": [0.1, 0.2]})
+    made = Report("Title", {})
+    add_volumes(made, rows, {"split": "val"})
+    table = json.loads(made.sections[0]["json"])
+    assert [column["name"] for column in table["columns"]] == ["name", "split", "l1"]
+    assert (table["filters"], table["initial"]) == (["split"], {"split": "val"})
+    kinds = [rows.assign(label=["x", "y"]), rows, rows.assign(split="val")]
+    assert [group_of(kind) for kind in kinds] == ["label", "split", ""]
+    facts = facts_of(rows.assign(subject="s"), {"weights": "w"}, "val", command=False)
+    assert facts["data"] == "2 volumes of 1 subjects, split val" and list(facts) == ["data", "weights", "bundle"]

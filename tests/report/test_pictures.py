@@ -29,14 +29,11 @@ LETTERS = ["LRAP", "LRSI", "APSI"]  # of axial, coronal, sagittal: left, right, 
 CUBE = np.ones((4, 4, 4), np.float32)
 WRONG: list[tuple[Callable[..., Figure], dict[str, Any], str]] = [
     (recon_panel, {"image": CUBE[0]}, r"image must be \(D, H, W\)"),
-    (recon_panel, {"image": CUBE[:0], "recon": CUBE[:0]}, "not empty"),
     (recon_panel, {"recon": CUBE[1:]}, "one shape"),
     (recon_panel, {"spacing": (1.5, 0, 1.5)}, "spacing"),
     (recon_panel, {"difference_share": 0}, "difference_share"),
     (mosaic, {"axis": "oblique"}, "axis"),
-    (mosaic, {"n_slices": 0}, "n_slices"),
     (mosaic, {"window_top": -1.0}, "window_top"),
-    (volume_strip, {"volumes": [], "names": []}, "volume"),
     (volume_strip, {"names": []}, "volume"),
     (volume_strip, {"volumes": [CUBE, CUBE[1:]], "names": ["a", "b"]}, "volume"),
 ]
@@ -112,23 +109,15 @@ def test_panels_have_the_shape_of_the_body(spacing: tuple[float, ...]) -> None:
         assert np.quantile(panel_pixels(figure, row, 0), 0.1) > 250  # the volume fills it, but for the letters
 
 
-def test_original_and_reconstruction_share_one_window() -> None:
-    """A reconstruction at half the brightness is half as bright; the window comes from the original alone."""
-    volume = np.full(SHAPE, 800, np.float32)
-    figure = recon_panel(volume, volume / 2)
-    original, recon = (panel_pixels(figure, 0, column)[60:100, 60:100].mean() for column in (0, 1))
-    assert original == 255 and recon == pytest.approx(127.5, abs=1)
-
-
-def test_difference_is_black_at_zero_and_symmetric() -> None:
-    """No difference is black; too bright is warm, too dark is cold; both ends are the same intensity apart."""
+def test_windows_and_colours() -> None:
+    """One window from the original; no difference is black, too bright warm, too dark cold, both ends equally far."""
     volume = np.full(SHAPE, 100, np.float32)
     figures = [recon_panel(volume, volume + step) for step in (0, 12, -12)]
     same, bright, dark = (panel_pixels(figure, 0, 2)[60:100, 60:100] for figure in figures)
     assert same.max() <= 1
     assert bright[..., 0].mean() > 2 * bright[..., 2].mean() and dark[..., 2].mean() > 2 * dark[..., 0].mean()
-    norm = figures[0].axes[2].images[0].norm
-    assert (norm.vmin, norm.vmax) == (-25, 25)
+    norms = [axes.images[0].norm for axes in figures[1].axes[:3]]
+    assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, 100), (0, 100), (-25, 25)]
 
 
 @pytest.mark.parametrize(
@@ -156,13 +145,7 @@ def test_mosaic_spreads_over_the_foreground() -> None:
     numbers = [int(text.get_text()) for text in mosaic(volume, 6).texts if text.get_text().isdigit()]
     assert numbers == [23, 28, 33, 38, 43, 48]  # counted from 1
     assert (len(mosaic(volume, 100).axes), len(mosaic(volume, 100, "coronal").axes)) == (30, 10)
-
-
-def test_mosaic_window_can_be_given() -> None:
-    """Two mosaics can share a window: half of its top is half of white."""
-    picture = figure_to_array(mosaic(np.full((9, 9, 9), 50, np.float32), 1, window_top=100))
-    height, width = picture.shape[:2]
-    assert picture[int(height * 0.4), int(width * 0.45)].mean() == pytest.approx(127.5, abs=1)  # beside the letters
+    assert mosaic(volume, 1, window_top=100).axes[0].images[0].norm.vmax == 100
 
 
 @pytest.mark.parametrize("n", [1, 8, 9])
@@ -176,15 +159,6 @@ def test_a_strip_shows_every_volume(n: int) -> None:
     assert edge_letters(figure, 0) == LETTERS[0] and edge_letters(figure, 2) == LETTERS[2]
     axial = np.asarray(figure.axes[0].images[0].get_array())
     np.testing.assert_array_equal(axial, blob_volume((1, 0, 0))[:, :, SHAPE[2] // 2].T)  # R to the right, A up
-
-
-def test_no_text_of_a_strip_is_cut_off() -> None:
-    """However narrow the picture is or long the name."""
-    figure = volume_strip([CUBE], ["a name as long as some scanners write it"], title="a title")
-    figure_to_array(figure)
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    boxes = [text.get_window_extent(renderer) for text in figure.texts]
-    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
 
 
 def test_channels_of_a_latent_are_in_their_own_units() -> None:
@@ -204,6 +178,7 @@ def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
         figure = recon_panel(blob_volume((1, 0, 1)), 0.9 * blob_volume((1, 0, 1)), title="sub-01")
         save_png(figure, tmp_path / "new" / f"{name}.png")
     first, second = ((tmp_path / "new" / f"{name}.png").read_bytes() for name in ("a", "b"))
+    assert pyplot.get_fignums() == []  # threads and notebooks keep their own state
     assert first == second and not any(word in first for word in (b"Software", b"matplotlib", b"tEXt", b"tIME"))
     height, width = figure_to_array(figure).shape[:2]
     assert first[16:24] == width.to_bytes(4, "big") + height.to_bytes(4, "big")
@@ -229,10 +204,3 @@ def test_to_ras_undoes_any_storage(order: list[int], signs: tuple[int, ...]) -> 
     array, spacing = to_ras(stored, affine @ nib.orientations.inv_ornt_aff(turn, volume.shape))
     np.testing.assert_array_equal(array, volume)
     assert spacing == pytest.approx((1.0, 1.5, 2.0))
-
-
-def test_pyplots_state_is_untouched() -> None:
-    """Threads and notebooks keep their own: no figure is registered, none has to be closed."""
-    assert recon_panel(CUBE, CUBE).canvas.manager is None
-    figure_to_array(volume_strip([CUBE], ["a"]))
-    assert pyplot.get_fignums() == []

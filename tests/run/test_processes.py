@@ -44,24 +44,17 @@ from scripts.training import MuonAdamW
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-TWO = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
-OVERLAYS = {  # job, its overlay, and the paths in it that the job's config has not
-    "train": ("multi_gpu_train", {"validate#dataset#data"}),
-    "evaluate": ("multi_gpu_evaluate", {"finalize"}),
-}
+TWO = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+BUNDLE = ["-m", "monai.bundle", "run", "--config_file"]
+TRAIN = "['configs/train.json','configs/multi_gpu_train.json']"
+EVALUATE = "['configs/evaluate.json','configs/multi_gpu_evaluate.json']"
 EPOCHS = 3
 
 
-def files(*names: str | Path) -> str:
-    """The value of `--config_file`."""
-    return str([f"configs/{name}.json" if isinstance(name, str) else str(name) for name in names])
-
-
-def finished(command: list[str], **environment: str) -> str:
-    """Run a command in the bundle's folder, which must end well; what it prints."""
-    environment = {**os.environ, **ENVIRONMENT, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def by_two(*words: str) -> str:
+    """Run a Python command in two processes, in the bundle's folder, which must end well; what it prints."""
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run([*TWO, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -80,10 +73,9 @@ def cohort(bids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cohort.csv"
 
 
-def training(cohort: Path, output: Path | str, *more: str, configs: str = "") -> list[str]:
-    """Arguments of a training in several processes."""
+def training(cohort: Path, output: Path, *more: str) -> list[str]:
+    """Arguments of a training in several processes, behind those of its configs."""
     return [
-        "-m", "monai.bundle", "run", "--config_file", configs or files("train", "multi_gpu_train"),
         "--dataset_dir", str(cohort), "--output_dir", str(output), "--epochs", str(EPOCHS), "--label", "group",
         "--balanced", "True", "--batch_size", "2", "--val_interval", "1", "--perceptual_weight", "0", *TINY_JOB, *more,
     ]  # fmt: skip
@@ -93,16 +85,15 @@ def training(cohort: Path, output: Path | str, *more: str, configs: str = "") ->
 def trained_by_two(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Three epochs in two processes, with augmentation and balanced batches; the folder, and what was printed."""
     output = tmp_path_factory.mktemp("two") / "train"
-    return output, finished([*TWO, *training(cohort, output)])
+    return output, by_two(*BUNDLE, TRAIN, *training(cohort, output))
 
 
-@pytest.mark.parametrize("job", OVERLAYS)
-def test_an_overlay_changes_what_there_is(job: str) -> None:
+@pytest.mark.parametrize(("job", "new"), [("train", set()), ("evaluate", {"finalize"})])
+def test_an_overlay_changes_what_there_is(job: str, new: set[str]) -> None:
     """Every path of the overlay is one of the job's config, so that no copy of a block hides in it."""
-    name, new = OVERLAYS[job]
-    base, overlay = (ConfigParser.load_config_file(ROOT / "configs" / f"{file}.json") for file in (job, name))
+    base, overlay = (ConfigParser.load_config_file(ROOT / "configs" / f"{n}.json") for n in (job, f"multi_gpu_{job}"))
     parser = ConfigParser(base)
-    assert {key for key in overlay if key.lstrip("+") not in parser} == new - set(parser.get())
+    assert {key for key in overlay if key.lstrip("+") not in parser} == new
 
 
 def test_one_process_needs_no_group() -> None:
@@ -116,7 +107,7 @@ def test_one_process_needs_no_group() -> None:
 
 def test_gradients_batches_and_figures(cohort: Path, tmp_path: Path) -> None:
     """`check_in_each_process`, below, in two of them."""
-    finished([*TWO, str(Path(__file__)), str(cohort), str(tmp_path)])
+    by_two(str(Path(__file__)), str(cohort), str(tmp_path))
 
 
 def test_training_leaves_one_set_of_files(trained_by_two: tuple[Path, str]) -> None:
@@ -138,7 +129,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     """Two processes that were killed in the third epoch, to the bit: network, EMA, optimizer, schedule, table."""
     whole, output = trained_by_two[0], tmp_path / "train"
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns(f"epoch_{EPOCHS:04d}.pt", "*.html", "model*.pt"))
-    printed = finished([*TWO, *training(cohort, output, "--resume", "True")])
+    printed = by_two(*BUNDLE, TRAIN, *training(cohort, output, "--resume", "True"))
     assert printed.count("going on after epoch 2") == 1
     name = f"checkpoints/epoch_{EPOCHS:04d}.pt"
     ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (output, whole))
@@ -150,8 +141,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 def test_two_processes_validate_and_stop_as_one(cohort: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
     """Weights that hardly move and a patience of one validation: the same figures, and the same last epoch."""
     more = ["--learning_rate", "0", "--adam_learning_rate", "0", "--weights", str(weights), "--patience", "1"]
-    run_bundle(*training(cohort, tmp_path / "one", *more, configs="configs/train.json")[3:])
-    finished([*TWO, *training(cohort, tmp_path / "two", *more)])
+    run_bundle("--config_file", "configs/train.json", *training(cohort, tmp_path / "one", *more))
+    by_two(*BUNDLE, TRAIN, *training(cohort, tmp_path / "two", *more))
     one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     figures = ["epoch", *(name for name in one if name.startswith("val_"))]
     assert len(figures) > 4  # the average of equal weights rounds; so do means over scans in another order
@@ -169,8 +160,7 @@ def test_two_processes_evaluate_as_one(cohort: Path, weights: Path, run_bundle: 
     common = ["--dataset_dir", str(cohort), *common]
     one, two = tmp_path / "one", tmp_path / "two"
     run_bundle("--config_file", "configs/evaluate.json", "--output_dir", str(one), *common)
-    command = ["-m", "monai.bundle", "run", "--config_file", files("evaluate", "multi_gpu_evaluate")]
-    assert finished([*TWO, *command, "--output_dir", str(two), *common]).count("written to") == 1
+    assert by_two(*BUNDLE, EVALUATE, "--output_dir", str(two), *common).count("written to") == 1
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     for name in ("metrics.csv", "paired.csv"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name

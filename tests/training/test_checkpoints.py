@@ -268,14 +268,6 @@ def test_used_folder_is_refused(whole: SimpleNamespace):
         build(whole.folder).checkpoint.start(False)
 
 
-def test_finished_run_is_not_unfinished(whole: SimpleNamespace):
-    """What train.json asks before it starts the trainer."""
-    fresh = build(whole.folder)
-    assert fresh.checkpoint.unfinished
-    assert fresh.checkpoint.start(True) == 4 and not fresh.checkpoint.unfinished
-    assert build(whole.folder, epochs=5).checkpoint.unfinished
-
-
 @pytest.mark.parametrize(("change", "message"), OTHERS)
 def test_another_run_is_refused(whole: SimpleNamespace, change: dict[str, Any], message: str):
     """Another cohort or batch size, architecture or optimizer does not fit, and the sentence names which."""
@@ -367,12 +359,6 @@ def test_validation_every_second_epoch(tmp_path: Path):
     assert (run.evaluator.state.best_metric, run.evaluator.state.best_metric_epoch) == (0.7, 2)
     content = torch.load(tmp_path / "checkpoints" / "epoch_0003.pt", weights_only=True)
     assert (content["epoch"], content["best_metric"], content["best_metric_epoch"]) == (3, 0.7, 2)
-
-
-def test_start_needs_attach(tmp_path: Path):
-    """A mistake of the caller's."""
-    with pytest.raises(RuntimeError, match="attach"):
-        _ = RunCheckpoint(str(tmp_path), {}, nn.Linear(1, 1), str(tmp_path)).unfinished
 
 
 def test_a_start_that_no_epoch_beats_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,4 @@
-"""Handlers of training: the average's decay, the validated start, epochs that repeat exactly, clipping."""
+"""Handlers of training: the average's decay, epochs that repeat exactly, clipping."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
 from scripts.networks import prepare_batch
-from scripts.run import InputError, LossBar, ScanBar
+from scripts.run import InputError
 from scripts.training import (
     EpochSeed,
     GradientClip,
     PerceptualStart,
-    StartValidation,
     VAELoss,
     WarmEMA,
     batch_sampler,
@@ -32,8 +31,6 @@ from scripts.training import (
 
 CPU = torch.device("cpu")
 STEPS = 2  # an epoch: four scans in batches of two
-# decay, step, weight of the past
-WARM = [(0.999, 1, 2 / 11), (0.999, 90, 91 / 100), (0.999, 10**6, 0.999), (0.5, 1, 2 / 11), (0.5, 9, 0.5)]
 OUT_OF_RANGE: list[tuple[str, Callable[[], Any]]] = [
     ("'perceptual_start' is -0.1", lambda: PerceptualStart(VAELoss(), -0.1, 4)),
     ("'perceptual_start' is 1.1", lambda: PerceptualStart(VAELoss(), 1.1, 4)),
@@ -93,21 +90,8 @@ def test_settings_out_of_range_are_refused(message: str, make: Callable[[], Any]
         make()
 
 
-@pytest.mark.parametrize(("decay", "step", "expected"), WARM)
-def test_decay_of_the_average(decay: float, step: int, expected: float):
-    """min(decay, (1 + t) / (10 + t)): the average moves by one minus that."""
-    network, engine = Net(), Engine(lambda engine, batch: None)
-    ema = WarmEMA(network, decay)
-    ema.attach(engine)
-    nn.init.constant_(network.conv.weight, 1.0)
-    nn.init.constant_(ema.ema_model.conv.weight, 0.0)
-    engine.state.iteration = step
-    engine.fire_event(Events.ITERATION_COMPLETED)
-    torch.testing.assert_close(ema.ema_model.conv.weight, torch.full_like(network.conv.weight, 1 - expected))
-
-
 def test_average_over_a_run():
-    """Over several steps the average is the recursion with the decay of each step, whose first is the run's."""
+    """Over several steps the average is the recursion with each step's decay, min(decay, (1 + t) / (10 + t))."""
     seen: list[torch.Tensor] = []
     run = build(3, lambda run: [setattr(run, "ema", WarmEMA(run.network, 0.3)) or run.ema])
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(flat(run.network)))
@@ -131,18 +115,6 @@ def test_average_starts_from_loaded_weights(iteration: int, expected: float):
     engine.state.iteration = iteration
     engine.fire_event(Events.STARTED)
     assert (ema.ema_model.conv.weight == expected).all()
-
-
-@pytest.mark.parametrize(("done", "expected"), [(0, [(0, 0)]), (1, [])])
-def test_start_is_validated_as_epoch_0(done: int, expected: list[tuple[int, int]]):
-    """Before the first step; a resumed run has its start behind it."""
-    seen: list[tuple[int, int]] = []
-    run = build(2, lambda run: [StartValidation(run.evaluator)], done=done)
-    run.evaluator.add_event_handler(
-        Events.COMPLETED, lambda engine: seen.append((engine.state.epoch, run.trainer.state.iteration))
-    )
-    run.trainer.run()
-    assert seen == expected
 
 
 # start, and the epochs of four that have the term
@@ -244,14 +216,3 @@ def test_gradient_that_is_not_finite_ends_the_run(value: float):
     with pytest.raises(InputError, match="the gradient became (nan|inf) at step 1: lower learning_rate"):
         run.trainer.run()
     assert torch.equal(flat(run.network), before)
-
-
-@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
-def test_bars(capsys: pytest.CaptureFixture[str]):
-    """Both bars attach and show, without a warning: the loss in training, the scans in evaluation."""
-    run = build(1, lambda run: [LossBar()])
-    ScanBar().attach(run.evaluator)
-    run.trainer.run()
-    run.evaluator.run()
-    shown = capsys.readouterr().err
-    assert "loss=" in shown and "scans" in shown

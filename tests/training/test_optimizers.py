@@ -1,4 +1,4 @@
-"""Muon and AdamW in one: what each parameter's step is, that it can be saved, scheduled, and that it learns."""
+"""Muon and AdamW in one: what each parameter's step is, that it can be saved and scheduled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from conftest import TINY_VAE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from scripts.networks import BrainVAE
@@ -34,19 +33,15 @@ class Training:
         self.optimizer = MuonAdamW(self.model, adam_lr=0.01)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
 
-    def run(self, steps: range, scheduled: bool = True) -> list[float]:
-        """Learn to smooth noise that is made from the step's number; returns the losses."""
-        losses = []
+    def run(self, steps: range) -> None:
+        """Learn to smooth noise that is made from the step's number."""
         for step in steps:
             x = torch.rand(2, 1, 6, 6, 6, generator=torch.Generator().manual_seed(step))
             loss = (self.model(x) - nn.functional.avg_pool3d(x, 3, 1, 1)).square().mean()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            if scheduled:
-                self.schedule.step()
-            losses.append(loss.item())
-        return losses
+            self.schedule.step()
 
 
 @settings(max_examples=25, deadline=None)
@@ -162,37 +157,6 @@ def test_saved_state_goes_on_to_the_bit(tmp_path: Path):
     resumed.run(range(3, 6))
     ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-def test_schedules_scale_both_groups():
-    """MONAI's warm-up with cosine multiplies both learning rates by one factor."""
-    optimizer, seen = MuonAdamW(network(), lr=0.02, adam_lr=0.001), []
-    schedule = WarmupCosineSchedule(optimizer, warmup_steps=4, t_total=10, end_lr=0.0)
-    for _ in range(10):
-        optimizer.step()
-        schedule.step()
-        seen.append([group["lr"] for group in optimizer.param_groups])
-    assert [seen[1], seen[3], seen[-1]] == [pytest.approx([0.02 * x, 0.001 * x]) for x in (0.5, 1, 0)]
-
-
-def test_it_learns():
-    """Forty steps halve the loss of a small problem at least twice."""
-    losses = Training().run(range(40), scheduled=False)
-    assert losses[-1] < losses[0] / 4
-
-
-def test_closure():
-    """It is evaluated with gradients, and its loss returned."""
-    model = network()
-    before = model[2].weight.detach().clone()
-
-    def closure() -> torch.Tensor:
-        loss = model(torch.ones(1, 1, 4, 4, 4)).square().mean()
-        loss.backward()
-        return loss
-
-    assert MuonAdamW(model).step(closure).item() > 0
-    assert not torch.equal(model[2].weight, before)
 
 
 @pytest.mark.parametrize("rates", [{"lr": 0}, {"adam_lr": -1.0}])

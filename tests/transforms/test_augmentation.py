@@ -69,14 +69,6 @@ def test_same_seed_same_volumes() -> None:
     assert not torch.equal(run(first, 12), expected) and not torch.equal(expected[0], expected[1])
 
 
-def test_first_axis_of_ras_is_left_right() -> None:
-    """A mark on the right, low and behind, is on the left after the flip, as low and as far behind."""
-    volume = torch.zeros(1, *SIZE)
-    volume[0, 15, 3, 2] = 1.0
-    flipped = RandFlipd(keys="image", prob=1.0, spatial_axis=0)({"image": volume})["image"]
-    assert np.argwhere(np.asarray(flipped[0])).tolist() == [[SIZE[0] - 1 - 15, 3, 2]]
-
-
 @pytest.mark.parametrize("is_stripped", [True, False])
 def test_only_a_stripped_background_stays_zero(is_stripped: bool) -> None:
     """Noise ends where the air was cut away; a whole head takes it in its air, also where that was rounded to 0."""
@@ -118,18 +110,6 @@ def test_slices_thicken_along_one_axis(axis: int) -> None:
     torch.testing.assert_close(thicken_slices(fast, axis, 2.0), torch.full_like(fast, 0.5))
     pairs = torch.movedim((ramp // 2 % 2).expand(16, 16, 16), -1, axis)[None]  # thick slices of 0 and of 1
     assert thicken_slices(pairs, axis, 2.0).unique().tolist() == [0, 0.25, 0.75, 1]
-
-
-@settings(max_examples=20, deadline=None)
-@given(voxels=st.floats(1.0, 5.0), seed=st.integers(0, 99))
-def test_thick_slices_stay_within_range(voxels: float, seed: int) -> None:
-    """Averages and interpolations invent no new extremes, and one voxel thick is the volume itself."""
-    volume = torch.rand(1, 11, 12, 13, generator=torch.Generator().manual_seed(seed))
-    thick = thicken_slices(volume, seed % 3, voxels)
-    assert thick.shape == volume.shape
-    assert volume.min() - 1e-6 <= thick.min()
-    assert thick.max() <= volume.max() + 1e-6
-    torch.testing.assert_close(thicken_slices(volume, 0, 1.0), volume)
 
 
 def test_straight_curve_is_the_identity() -> None:

@@ -26,10 +26,7 @@ from scripts.transforms import (
     preprocessing_sha256,
 )
 
-SHARED = ROOT.parent / "shared" / "data"
-NATIVE = SHARED / "ds002748-native" / "sub-31" / "anat" / "sub-31_T1w.nii.gz"
-WHOLE_HEAD = SHARED / "ds000011" / "sub-05" / "anat" / "sub-05_T1w.nii.gz"
-REAL = {"spacing": 1.5, "spatial_size": [112, 136, 112]}
+WHOLE_HEAD = ROOT.parent / "shared" / "data" / "ds000011" / "sub-05" / "anat" / "sub-05_T1w.nii.gz"
 SMALL = {"spatial_size": [30, 36, 30]}
 
 HEAD = ((20, 40), (20, 40), (20, 40))
@@ -81,15 +78,10 @@ def test_inverse_restores_grid_and_unit(tmp_path: Path, grid: str) -> None:
     assert image.shape == (1, *SIZE) and back.shape == (1, *source.shape) and back.dtype == torch.float32
     assert isinstance(image.meta[FACTOR_KEY], float) and image.meta[FACTOR_KEY] == pytest.approx(900, rel=0.15)
     np.testing.assert_allclose(np.asarray(back.affine), source.affine, atol=1e-5)
-    # The phantom is smooth: its curvature over 4 mm is far below 5 % of its 900 units, except on its rim.
-    assert np.abs(back.as_tensor()[0].numpy() - source.get_fdata()).mean() < 20
-
-
-def test_inverse_is_exact_on_the_models_grid(tmp_path: Path) -> None:
-    """Without resampling only float32's rounding of scale and unscale is left: 2 ulp of 1000."""
-    path = write_head(tmp_path)["image"]
-    _, back = there_and_back(preprocessing(), path)
-    np.testing.assert_allclose(back.as_tensor()[0].numpy(), nib.load(path).get_fdata(), atol=2.5e-4)
+    # The phantom is smooth: its curvature over 4 mm is far below 5 % of its 900 units, except on its rim. Without
+    # resampling only float32's rounding of scale and unscale is left: 2 ulp of 1000.
+    error = np.abs(back.as_tensor()[0].numpy() - source.get_fdata())
+    assert error.max() <= 2.5e-4 if grid == "aligned" else error.mean() < 20
 
 
 def test_second_pass_finds_the_same_box() -> None:
@@ -154,8 +146,9 @@ def test_nothing_is_outside_where_the_scan_fits(tmp_path: Path, unit: float) -> 
 
 
 def test_equal_arguments_have_one_sha256() -> None:
-    """Built twice, and wherever the code of a step lies: the same preprocessing."""
+    """Built twice, wherever the code of a step lies, whatever optional readers MONAI finds on this machine."""
     moved = preprocessing()
+    moved.transforms[0]._loader.readers.insert(0, NumpyReader())
     for step in moved.transforms:
         step.__class__ = type(type(step).__name__, (type(step),), {"__module__": "elsewhere", "__doc__": "rewritten"})
     sha256 = preprocessing_sha256(preprocessing())
@@ -163,14 +156,10 @@ def test_equal_arguments_have_one_sha256() -> None:
 
 
 @pytest.mark.xfail(reason="`_described` takes state of MONAI's objects for arguments", strict=True)
-@pytest.mark.parametrize("change", ["used", "another reader is installed"])
-def test_state_has_no_part_in_the_sha256(tmp_path: Path, change: str) -> None:
-    """Neither which scan was read last, nor which of MONAI's optional readers this machine has."""
+def test_use_does_not_change_the_sha256(tmp_path: Path) -> None:
+    """Whatever scan was read last: MONAI's reader keeps its name."""
     transform = preprocessing()
-    if change == "used":
-        transform({"image": write_head(tmp_path)["image"]})
-    else:
-        transform.transforms[0]._loader.readers.insert(0, NumpyReader())
+    transform({"image": write_head(tmp_path)["image"]})
     assert preprocessing_sha256(transform) == preprocessing_sha256(preprocessing())
 
 
@@ -183,24 +172,11 @@ def test_other_arguments_have_another_sha256(monkeypatch: pytest.MonkeyPatch) ->
     assert len({*found, preprocessing_sha256(preprocessing())}) == len(kinds) + 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not NATIVE.exists(), reason="needs ../shared/data")
-def test_native_scan_round_trip() -> None:
-    """0.87 x 0.87 x 1 mm to 1.5 mm and back loses fine detail only: 33.2 dB measured over what model space holds."""
-    transform = preprocessing(REAL)
-    image, back = there_and_back(transform, NATIVE)
-    source = nib.load(NATIVE)
-    np.testing.assert_allclose(np.asarray(back.affine), source.affine, atol=1e-5)
-    outside = outside_model_space(image, transform)
-    values = torch.from_numpy(source.get_fdata(dtype=np.float32))[None]
-    assert count_outside(values, outside).foreground_voxels == 0
-    error = ((values - back.as_tensor())[~outside] / image.meta[FACTOR_KEY]).square().mean()
-    assert -10 * torch.log10(error) > 30
-
-
 @pytest.mark.skipif(not WHOLE_HEAD.exists(), reason="needs ../shared/data")
 def test_whole_head_with_noisy_air_is_found() -> None:
     """Air noise reaches the foreground's threshold; the box still ends at the crown and holds the back of the head."""
-    image = preprocessing(REAL)({"image": str(WHOLE_HEAD)})["image"].as_tensor()[0]
+    image = preprocessing({"spacing": 1.5, "spatial_size": [112, 136, 112]})({"image": str(WHOLE_HEAD)})[
+        "image"
+    ].as_tensor()[0]
     assert (image[:, :, -4:] > 0.3).float().mean() > 0.01
     assert (image[:, :2, 56:] > 0.3).float().mean() < 0.01

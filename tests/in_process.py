@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,6 @@ def parsed(job: str, **keys: Any) -> ConfigParser:
 
 def input_error(error: BaseException | None) -> str:
     """The sentence of the InputError in a chain; MONAI wraps what it evaluates."""
-    return next((str(cause) for cause in chain(error) if isinstance(cause, InputError)), "")
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it."""
-    while error is not None:
-        yield error
+    while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
+    return str(error)

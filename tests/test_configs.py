@@ -169,7 +169,7 @@ def test_inference_gives_the_scan_back_in_its_own_grid(reconstructed: Job, bids:
     """Same shape, affine and units, float32, intensities of the scan's order; a picture; model space by choice."""
     for name in ("sub-07", "sub-08"):
         source = nib.load(bids / name / "anat" / f"{name}_T1w.nii.gz")
-        (path,) = reconstructed.folder.rglob(f"{name}*_recon.nii.gz")
+        (path,) = reconstructed.folder.rglob(f"{name}_T1w_recon.nii.gz")
         recon = nib.load(path)
         assert recon.shape == source.shape and recon.get_data_dtype() == np.float32
         np.testing.assert_allclose(recon.affine, source.affine, atol=1e-6)

@@ -228,7 +228,7 @@ def evaluation_report(
         folder: where `report.html` is written.
         rows: one row a volume and system.
         summary: one row a system, mean ± sd as text.
-        paired: from `comparison.paired_differences`.
+        paired: from `metrics.paired_differences`.
         spectra: from `spectrum.MeanSpectra.result`.
         cases: from `Cases.result`.
         ranked_by: the figure that ranked them.

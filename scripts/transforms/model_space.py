@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 
+LEFT_BY_USE = ("_tracing", "filenames")  # attributes that MONAI's objects gain when they are called
 PREPROCESSING_VERSION = 1  # a change of code that changes a voxel of model space needs a new one
 
 
@@ -255,8 +256,9 @@ def _described(value: Any) -> Any:
         return [_described(item) for item in (value if isinstance(value, list | tuple) else value.tolist())]
     if isinstance(value, torch.dtype | np.dtype):
         return str(value)
-    if isinstance(value, LoadImage):  # beside the reader that was asked for it holds one for every library it finds
-        return [type(value).__name__, _described({**vars(value), "readers": value.readers[-1:]})]
     if isinstance(value, Transform | Reader):
-        return [type(value).__name__, _described(vars(value))]
+        arguments = {key: item for key, item in vars(value).items() if key not in LEFT_BY_USE}
+        if isinstance(value, LoadImage):  # beside the reader that was asked for it holds one for every library it finds
+            arguments["readers"] = value.readers[-1:]
+        return [type(value).__name__, _described(arguments)]
     return value.__name__ if isinstance(value, type) else type(value).__name__

@@ -47,6 +47,7 @@ def test_a_sample_depends_on_seed_and_index_alone(name: str) -> None:
     first = prior.sample(2**63, 7)
     assert (first.shape, first.dtype) == (prior.shape, torch.float32)
     assert not torch.equal(prior.sample(2**63, 8), first) and not torch.equal(prior.sample(2**63 + 1, 7), first)
+    assert not torch.equal(prior.sample(1, 0), prior.sample(0, 1))
     assert torch.equal(prior.sample(2**63, 7), first) and torch.equal(torch.get_rng_state(), state)
     assert torch.equal(prior.sample(0, 0, 0), prior.mean)
     half = prior.mean + (first - prior.mean) / 2

@@ -38,6 +38,13 @@ def test_white_noise_is_flat_at_the_volume_of_a_voxel(spacing: tuple[float, ...]
     assert power[6:].numpy() == pytest.approx(voxel, rel=0.25)  # lower bins hold few frequencies
 
 
+def test_the_mean_is_no_frequency() -> None:
+    """The first bin holds the wave of one period, twice, and not the zero frequency: half of the variance each."""
+    volume = torch.sin(2 * torch.pi * torch.arange(128) / 128).view(1, 128, 1, 1).expand(1, 128, 16, 16)
+    extent = 128 * 1.5 * (16 * 1.5) ** 2
+    assert float(radial_power(volume, SPACING)[0]) == pytest.approx(extent / 2)
+
+
 def test_scale_and_offset_do_not_matter() -> None:
     """Units of scanners differ; a constant volume has no power and no division by zero."""
     volume = noise(0, (2, 12, 12, 12)).double()

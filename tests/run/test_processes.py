@@ -22,7 +22,7 @@ from time import sleep
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY_JOB, write_scan
+from conftest import ROOT, TINY_JOB, contents, write_scan
 from ignite import distributed as idist
 from monai.bundle import ConfigParser
 from torch.nn.parallel import DistributedDataParallel
@@ -126,15 +126,13 @@ def test_training_leaves_one_set_of_files(trained_by_two: tuple[Path, str]) -> N
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     trained_by_two: tuple[Path, str], cohort: Path, tmp_path: Path
 ) -> None:
-    """Two processes that were killed in the third epoch, to the bit: network, EMA, optimizer, schedule, table."""
+    """Two processes that were killed in the third epoch, to the byte: checkpoints, weights and table."""
     whole, output = trained_by_two[0], tmp_path / "train"
-    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(f"epoch_{EPOCHS:04d}.pt", "*.html", "model*.pt"))
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(f"epoch_{EPOCHS:04d}.pt", "*.html", "model_final.pt"))
     printed = by_two(*BUNDLE, TRAIN, *training(cohort, output, "--resume", "True"))
     assert printed.count("going on after epoch 2") == 1
-    name = f"checkpoints/epoch_{EPOCHS:04d}.pt"
-    ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (output, whole))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert (output / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    ours, theirs = contents(output), contents(whole)
+    assert {name for name in ours | theirs if ours.get(name) != theirs.get(name)} <= {"report.html"}  # has the command
 
 
 @pytest.mark.slow

@@ -171,15 +171,19 @@ def test_epoch_has_its_own_batches(epoch_length: int):
     assert len({str(batches) for batches in seen.values()}) > 1
 
 
-def test_ranks_draw_differently():
-    """Two processes of one run do not add the same noise."""
-    draws = []
-    for rank in (0, 1):
-        loader = SimpleNamespace(dataset=[], batch_sampler=None)
-        state = SimpleNamespace(epoch=1, rank=rank, dataloader=loader)
+def test_epochs_and_ranks_draw_differently() -> None:
+    """No two epochs or processes augment a scan alike or draw the same numbers; the same epoch does, again."""
+    dataset = Dataset([{"image": torch.zeros(1, 2, 2, 2)}], RandGaussianNoised("image", prob=1.0))
+
+    def drawn(epoch: int, rank: int) -> set[float]:
+        loader = SimpleNamespace(dataset=dataset, batch_sampler=None)
+        state = SimpleNamespace(epoch=epoch, rank=rank, dataloader=loader)
         EpochSeed(0)(SimpleNamespace(state=state, set_data=lambda loader: None))
-        draws.append({torch.rand(1).item(), np.random.rand(), random.random()})
-    assert not draws[0] & draws[1]
+        return {float(dataset[0]["image"].sum()), torch.rand(1).item(), np.random.rand(), random.random()}
+
+    draws = [drawn(1, 0), drawn(2, 0), drawn(1, 1)]
+    assert len(set.union(*draws)) == sum(map(len, draws)) == 12
+    assert drawn(1, 0) == draws[0]
 
 
 @pytest.mark.parametrize(("max_norm", "expected"), [(0.0, 5.0), (1.0, 1.0), (4.9, 4.9), (5.1, 5.0)])

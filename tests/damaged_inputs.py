@@ -23,24 +23,21 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from conftest import ROOT, TINY_VAE, head
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 from safetensors.torch import save
 
 from scripts import latents
 from scripts.cohort import check_cohort, read_cohort
 from scripts.networks import BrainVAE, load_weights
 from scripts.run import InputError
-from scripts.training import RunCheckpoint
-from scripts.transforms import SourceGrid
 
 Make = Callable[[Path], Any]
 Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
@@ -51,6 +48,9 @@ AFFINE = np.diag([-4.0, 4.0, 4.0, 1.0])
 LATENT = (4, 6, 5, 3)
 ENDINGS = (".safetensors", ".npy", ".npz", ".pt", ".nii", ".nii.gz")
 DEEP = "[" * 100_000
+TABLE = "image\na.nii\nb.nii\nsub dir/c.nii\n"
+RECORD = {"name": "x", "subject": "s", "session": "", "label": "", "split": "train"}
+ENTRY = {"file": "x_latent.safetensors", "sha256": "0", "bytes": 1, **RECORD}
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Timeout(BaseException):
 
 
 @cache
-def nifti(kind: type = nib.Nifti1Image, dtype: str = "int16") -> bytes:
+def nifti() -> bytes:
     """A valid scan, uncompressed."""
-    image = kind(head(0, SIDES).astype(dtype), AFFINE)
+    image = nib.Nifti1Image(head(0, SIDES), AFFINE)
     image.header.set_xyzt_units("mm", "sec")
     return image.to_bytes()
 
@@ -98,13 +98,6 @@ def latent_bytes(ending: str) -> bytes:
     return whole[ending]
 
 
-@cache
-def state() -> dict[str, torch.Tensor]:
-    """Weights of the tiny network."""
-    torch.manual_seed(0)
-    return BrainVAE(**TINY_VAE).state_dict()
-
-
 def torch_bytes(content: Any) -> bytes:
     """What `torch.save` writes."""
     torch.save(content, stream := io.BytesIO())
@@ -123,19 +116,10 @@ def written(name: str, content: bytes | str) -> Make:
     return make
 
 
-def beside(name: str, content: bytes | str, scans: tuple[str, ...] = ("a.nii", "b.nii", "sub dir/c.nii")) -> Make:
+def beside(name: str, content: bytes | str) -> Make:
     """A table or datalist beside scans."""
+    scans = ("a.nii", "b.nii", "sub dir/c.nii")
     return lambda folder: [written(file, content if file == name else nifti())(folder) for file in (*scans, name)][-1]
-
-
-def bids(folder: Path, table: bytes | str = "participant_id\tgroup\nsub-01\ta\nsub-02\tb\n") -> Path:
-    """A BIDS root of two subjects."""
-    return beside("participants.tsv", table, tuple(f"sub-0{n}/anat/sub-0{n}_T1w.nii" for n in (1, 2)))(folder).parent
-
-
-def then(make: Make, *changes: Callable[[Path], Any]) -> Make:
-    """A case with changes made in its folder afterwards."""
-    return lambda folder: (make(folder), *(change(folder) for change in changes))[0]
 
 
 def link(name: str, to: str) -> Make:
@@ -143,9 +127,9 @@ def link(name: str, to: str) -> Make:
     return lambda folder: ((folder / name).symlink_to(to), folder / name)[1]
 
 
-def pipe(name: str, give: str = "") -> Make:
+def pipe(name: str) -> Make:
     """A pipe that nobody writes into."""
-    return lambda folder: (os.mkfifo(folder / name), folder / (give or name))[1]
+    return lambda folder: (os.mkfifo(folder / name), folder / name)[1]
 
 
 def flipped(raw: bytes, place: int, bit: int = 7) -> bytes:
@@ -153,13 +137,13 @@ def flipped(raw: bytes, place: int, bit: int = 7) -> bytes:
     return raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :]
 
 
-def header(raw: bytes | None = None, kind: type = nib.Nifti1Header, **fields: Any) -> bytes:
+def header(raw: bytes | None = None, **fields: Any) -> bytes:
     """A NIfTI file with fields of its header changed, by value."""
-    raw = nifti() if raw is None else raw
-    block = np.frombuffer(raw[: kind.template_dtype.itemsize], kind.template_dtype).copy()
+    raw, kind = nifti() if raw is None else raw, nib.Nifti1Header.template_dtype
+    block = np.frombuffer(raw[: kind.itemsize], kind).copy()
     for name, value in fields.items():
         block[name] = value
-    return block.tobytes() + raw[kind.template_dtype.itemsize :]
+    return block.tobytes() + raw[kind.itemsize :]
 
 
 def bomb(name: str, first: bytes) -> Make:
@@ -182,12 +166,6 @@ def npy(shape: Any = LATENT, descr: Any = "<f4") -> bytes:
     return stream.getvalue()
 
 
-def safetensors(shape: list[int], end: int) -> bytes:
-    """A safetensors file with a header of our own and 16 bytes of data."""
-    text = json.dumps({"z": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}})
-    return struct.pack("<Q", len(text)) + text.encode() + bytes(16)
-
-
 class Trap:
     """An object whose pickle writes a file when it is loaded."""
 
@@ -195,37 +173,21 @@ class Trap:
         return exec, ("open('sentinel', 'w')",)
 
 
-RECORD = {"name": "x", "subject": "s", "session": "", "label": "", "split": "train"}
-ENTRY = {"file": "x_latent.safetensors", "sha256": "0", "bytes": 1, **RECORD}
-STATISTICS = {"scale_factor": {"channel": [1.0] * 4, "overall": 1.0}, "shift": {"channel": [0.0] * 4, "overall": 0.0}}
-HEADER: dict[str, Any] = {
-    **RECORD, "source_file": "x.nii", "source_sha256": "0", "weights_sha256": "0", "preprocessing_sha256": "0",
-    "dtype": "float32", "source_shape": list(SIDES), "source_affine": AFFINE.tolist(), "source_codes": [1, 1],
-    "source_units": ["mm", "sec"], "model_affine": np.diag([4.0, 4, 4, 1]).tolist(), "intensity_factor": 700.0,
-}  # fmt: skip
-
-
 def latent_file(**changes: Any) -> Make:
-    """A latent of this bundle with fields of its header changed; None leaves one out."""
+    """A latent of this bundle with fields in its header."""
 
     def make(folder: Path) -> Path:
-        fields = {key: value for key, value in (HEADER | changes).items() if value is not None}
-        latents.write_latent(folder / "x_latent.safetensors", values(), torch.zeros(LATENT), fields)
-        return folder / "x_latent.safetensors"
+        path = folder / "x_latent.safetensors"
+        latents.write_latent(path, values(), torch.zeros(LATENT), RECORD | changes)
+        return path
 
     return make
 
 
-def latent_folder(entry: Any, **changes: Any) -> Make:
+def latent_folder(entry: Any) -> Make:
     """A folder of one latent whose manifest has one line: an object as JSON, texts and bytes as they are."""
     line = entry if isinstance(entry, (bytes, str)) else json.dumps(entry)
-    return lambda folder: (latent_file(**changes)(folder), written("manifest.jsonl", line)(folder).parent)[1]
-
-
-def a_job(config: str, **more: Any) -> Make:
-    """A job on a valid scan, with keys changed."""
-    scan = written("a.nii", nifti())
-    return lambda folder: (config, {"dataset_dir": str(scan(folder)), "output_dir": str(folder / "out"), **more})
+    return lambda folder: (latent_file()(folder), written("manifest.jsonl", line)(folder).parent)[1]
 
 
 # --- the table: reader, file or what a refusal names, what is expected, what was done and content or builder ---------
@@ -240,175 +202,84 @@ def scans() -> Rows:
     fields = {**dict.fromkeys(("datatype", "vox_offset", "scl_slope", "magic"), "refused"), "sform_code": "other"}
     for name, (dtype, offset, *_) in nib.Nifti1Header.template_dtype.fields.items():
         yield "scan", "a.nii", fields.get(name, "same"), {name: flipped(raw, offset + dtype.itemsize - 1)}
-    dims = {"huge": [3, *[32767] * 3], "1000 cubed": [3, *[1000] * 3], "8 axes": [8], "one more": [3, 22, 24, 23]}
-    x, y, z = [-4.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 4.0, 0]
-    sform, qform = partial(header, sform_code=1), partial(header, sform_code=0, qform_code=1)
+    sform = {"sform_code": 1, "srow_x": [-4.0, 0, 0, 0], "srow_y": [0, 4.0, 0, 0], "srow_z": [0, 0, 4.0, 0]}
+    qform = {"sform_code": 0, "qform_code": 1}
     yield "scan", "a.nii", "refused", {
-        **{what: header(dim=[*dim, *[1] * (8 - len(dim))]) for what, dim in dims.items()},
-        "NIfTI-2 header": nifti(nib.Nifti2Image)[:348], "voxels in the header": header(vox_offset=300),
-        "voxels at NaN": header(vox_offset=np.nan), "DICOM": bytes(128) + b"DICM" + bytes(300), "MGH": mgh,
-        "pickle": pickle.dumps(Trap()), "no magic": header(magic=b""), "gzip": zipped, "infinite": sform(srow_x=np.inf),
-        "almost singular": sform(srow_x=x, srow_y=[-4.0, 1e-7, 0, 0], srow_z=z), "quaternion": qform(quatern_b=5.0),
-        "contradiction": sform(srow_x=x, srow_y=y, srow_z=z, pixdim=[1, 3, 3, 3, 1, 1, 1, 1]),
-        "zooms NaN": qform(pixdim=np.nan), "intercept NaN": header(scl_slope=1, scl_inter=np.nan),
-        "slope 1e38": header(scl_slope=1e38, scl_inter=0), "code 9999": header(datatype=9999)}
+        "huge": header(dim=[3, *[32767] * 3, *[1] * 4]), "one more": header(dim=[3, 22, 24, 23, *[1] * 4]),
+        "voxels in the header": header(vox_offset=300), "DICOM": bytes(128) + b"DICM" + bytes(300), "MGH": mgh,
+        "pickle": pickle.dumps(Trap()), "quaternion": header(**qform, quatern_b=5.0),
+        "zooms NaN": header(**qform, pixdim=np.nan), "intercept NaN": header(scl_slope=1, scl_inter=np.nan)}
     extension = header(vox_offset=2**31)[:348] + struct.pack("<4bii", 1, 0, 0, 0, 2**30, 6)
     yield "scan", "a.nii.gz", "refused", {
-        "middle": zipped[: len(zipped) // 2], "cut before": gzip.compress(raw[:20000]), "twice": gzip.compress(zipped),
-        "garbage": zipped + b"garbage", "bit": flipped(gzip.compress(raw, 0), 9999), "bomb": bomb("a.nii.gz", raw),
-        "extension of 2 GB": bomb("a.nii.gz", extension),
-        "1000 cubed bomb": bomb("a.nii.gz", header(dim=[3, 1000, 1000, 1000, 1, 1, 1, 1]))}
-    yield "scan", "a.mgh", "refused", {"header": mgh[:28], "cubed": mgh[:4] + b"\x7f\xff\xff\xff" * 3 + mgh[16:]}
+        "middle": zipped[: len(zipped) // 2], "twice": gzip.compress(zipped), "garbage": zipped + b"garbage",
+        "bit": flipped(gzip.compress(raw, 0), 9999), "bomb": bomb("a.nii.gz", raw),
+        "extension of 2 GB": bomb("a.nii.gz", extension)}
+    yield "scan", "a.mgh", "refused", {"cubed": mgh[:4] + b"\x7f\xff\xff\xff" * 3 + mgh[16:]}
     yield "scan", "a.mgh", "same", {"no footer": mgh[: 284 + 2 * 22 * 24 * 22]}
     yield "scan", "a.nii", "same", {
-        "magic ni1": header(magic=b"ni1"), "zeros behind": raw + bytes(999), "float64": nifti(dtype="float64"),
         "big-endian": nib.Nifti1Image(head(0, SIDES), AFFINE, nib.Nifti1Header(endianness=">")).to_bytes(),
-        "slope NaN": header(scl_slope=np.nan), "slope 0": header(scl_slope=0), "slope tiny": header(scl_slope=1e-45),
-        "zooms NaN beside a sform": sform(srow_x=x, srow_y=y, srow_z=z, pixdim=np.nan),
-        "rounded sform": sform(srow_x=[-3.9999, 0, 0, 0], srow_y=y, srow_z=z)}
+        "slope NaN": header(scl_slope=np.nan), "zooms NaN beside a sform": header(**sform, pixdim=np.nan)}
     yield "scan", "A.NII.GZ", "same", {"two members": gzip.compress(raw[:999]) + gzip.compress(raw[999:])}
-    turned = sform(srow_x=[-4 * 0.75**0.5, -2, 0, 0], srow_y=[-2, 4 * 0.75**0.5, 0, 0], srow_z=z)
-    yield "scan", "a.nii", "other", {"turned": turned, "code -1": header(sform_code=-1), "bit": flipped(raw, 9999)}
-    names = ["with space", "'q\"", "$HOME$(id)", "@image", "%run", "#1", "[1]", "-dash", "~nobody", "Ju\u0308rgen",
-             "🧠", "\u202egpj", "n" * 251, "é" * 125, "<script>", "2024", "None", "a.nii", "sub-", " "]
+    turned = {"srow_x": [-4 * 0.75**0.5, -2, 0, 0], "srow_y": [-2, 4 * 0.75**0.5, 0, 0]}
+    yield "scan", "a.nii", "other", {"turned": header(**{**sform, **turned}), "bit": flipped(raw, 9999)}
+    names = ["with space", "$HOME$(id)", "@image", "-dash", "Ju\u0308rgen", "🧠", "\u202egpj", "n" * 251, "None"]
     yield "scan", "", "same", {f"name {name}": written(f"{name}.nii", raw) for name in names}
-    yield "latent", "", "same", {f"name {name}": written(f"{name}.npy", latent_bytes(".npy")) for name in names}
-    for name in ("a\nb", "\x1bred", "back\\slash", os.fsdecode(b"a\xe9")):
+    yield "latent", "", "same", {f"name {name}": written(f"{name}.npy", latent_bytes(".npy")) for name in names[:3]}
+    for name in ("a\nb", os.fsdecode(b"a\xe9")):
         yield "scan", ascii(name)[-4:-1], "refused", {"name": written(f"{name}.nii", raw)}
 
 
 def cohorts() -> Rows:
-    """Tables, datalists, BIDS roots, and what stands where a file is expected."""
-    image, rest = "image\na.nii\nb.nii\nsub dir/c.nii\n", ', "b.nii", "sub dir/c.nii"]'
-    refused = {"quote": 'image\n"a.nii\n' + "x" * 3000, "field": "image\n" + "x" * 200_000, "deep": DEEP,
-               "binary": nifti(), "path": "image\n" + "x" * 5000 + ".nii\n", "NUL": "image\na.nii\0\n",
-               "user": "image\n~nobody/a.nii\n", "itself": "image\n./t.csv\n", "line": 'image,subject\na.nii,"x\ny"\n'}
-    same = {"spaces": " image \n a.nii \nb.nii\n  sub dir/c.nii\n", "quotes": image.replace("a.nii", '"a.nii"'),
-            "up and down": "image\nsub dir/../a.nii\n./b.nii\nsub dir//c.nii\n", "old Mac": image.replace("\n", "\r")}
-    yield "cohort", "t.csv", "refused", refused
-    yield "cohort", "t.csv", "same", same
-    refused = {"deep": DEEP, "null": '["a.nii", null]', "surrogate": '["\\ud800.nii"]', "NUL": '["a.nii\\u0000"]',
-               "surrogate id": '[{"image": "a.nii", "subject": "\\ud800"}]', "path": json.dumps(["x" * 5000]),
-               "two documents": '["a.nii"]["b.nii"]', "split 5": '[{"image": "a.nii", "split": 5}]'}
-    outward = ("../../x", "..", "a/b", "a\\b", "x\ny", "x\0y", "x\x7f")
-    refused |= {f"{key} {ascii(text)}": json.dumps([{"image": "a.nii", key: text}])
-                for text in outward for key in ("subject", "session")}
-    same = {"mark": '\ufeff["a.nii"' + rest, "long": f'[{{"image": "a.nii", "age": {"9" * 5000}}}{rest}',
-            "twice": '[{"image": 3, "image": "a.nii"}' + rest, "NaN": '[{"image": "a.nii", "age": NaN}' + rest,
-            **{f"subject {s}": f'[{{"image": "a.nii", "subject": "{s}"}}{rest}' for s in ("-rf", "<b>", "脳")}}
-    yield "cohort", "t.json", "refused", refused
-    yield "cohort", "t.json", "same", same
-    start = "participant_id\tgroup\n"
-    yield "label", "participants.tsv", "refused", {
-        "NUL": f"{start}sub-01\t\0\n", "two columns": "participant_id\tgroup\tgroup\nsub-01\ta\tb\n"}
-    yield "label", "listed twice", "refused", {"a subject linked": then(bids, link("sub-03", "sub-01"))}
-    yield "label", "", "same", {
-        "no scan": f"{start}sub-01\ta\nsub-02\tb\nsub-99\tc\n",
-        "anat is a file": then(bids, lambda f: (f / "sub-03").mkdir(), lambda f: (f / "sub-03/anat").touch())}
-    scan = {"link to itself": link("a.nii", "a.nii"), "pipe": pipe("a.nii"), "zeros": link("a.nii", "/dev/zero"),
-            "null": link("a.nii", "/dev/null"), "memory": link("a.nii", "/proc/self/mem")}
-    yield "scan", "", "refused", scan
-    table = written("t.csv", "image\na.nii\n")
-    yield "scan", "a.nii", "refused", {f"listed: {what}": then(table, make) for what, make in scan.items()}
-    for reader, name in (("cohort", "t.csv"), ("cohort", "t.json"), ("latent", "x.npy"), ("latent", "x.pt"),
-                         ("latent", "x.safetensors"), ("latent", "x.nii"), ("statistics", "latent_stats.json"),
-                         ("header", "x_latent.safetensors"), ("weights", "w.pt")):
+    """Tables and datalists, and what stands where a file is expected."""
+    yield "cohort", "t.csv", "refused", {
+        "quote": 'image\n"a.nii\n' + "x" * 3000, "field": "image\n" + "x" * 200_000, "binary": nifti(),
+        "path": "image\n" + "x" * 5000 + ".nii\n", "line": 'image,subject\na.nii,"x\ny"\n'}
+    yield "cohort", "t.csv", "same", {
+        "up and down": "image\nsub dir/../a.nii\n./b.nii\nsub dir//c.nii\n", "old Mac": TABLE.replace("\n", "\r")}
+    yield "cohort", "t.json", "refused", {
+        "deep": DEEP, "null": '["a.nii", null]', "surrogate": '["\\ud800.nii"]', "NUL": '["a.nii\\u0000"]',
+        **{ascii(text): json.dumps([{"image": "a.nii", "subject": text}]) for text in ("a\\b", "x\0y", "\ud800")}}
+    rest = ', "b.nii", "sub dir/c.nii"]'
+    yield "cohort", "t.json", "same", {
+        "mark": '\ufeff["a.nii"' + rest, "long": f'[{{"image": "a.nii", "age": {"9" * 5000}}}{rest}',
+        **{text: f'[{{"image": "a.nii", "subject": "{text}"}}{rest}' for text in ("-rf", "<b>", "脳")}}
+    yield "scan", "", "refused", {"link to itself": link("a.nii", "a.nii")}
+    for reader, name in (("scan", "a.nii"), ("cohort", "t.csv"), ("latent", "x.npy"), ("latent", "x.safetensors"),
+                         ("statistics", "latent_stats.json"), ("header", "x_latent.safetensors"), ("weights", "w.pt")):
         yield reader, "", "refused", {f"pipe {name}": pipe(name), f"zeros {name}": link(name, "/dev/zero")}
-    yield "folder", "manifest.jsonl", "refused", {"pipe": pipe("manifest.jsonl", ".")}
-    yield "scan", "", "same", {"loop": then(lambda f: written("x/a.nii", nifti())(f).parent, link("x/up", ".."))}
 
 
 def latent_files() -> Rows:
-    """Single latents in every format, and the folders that encoding leaves."""
-    z, image = values(), nib.Nifti1Image(np.moveaxis(values().double().numpy(), 0, -1), np.eye(4)).to_bytes()
+    """Single latents in every format, the folders that encoding leaves, and weights."""
+    z, image = values(), latent_bytes(".nii")
     for ending in ENDINGS:
-        raw = latent_bytes(ending)
-        yield "latent", f"x{ending}", "refused", {"half": raw[: len(raw) // 2], "by one": raw[:-1], "nothing": b"",
-                                                  "zeros": bytes(5000), "pickle": pickle.dumps(Trap())}
-    yield "latent", "x.pt", "refused", {
-        "NaN": z * np.nan, "complex": z.to(torch.complex64), "bool": z > 0, "overflow": z.double() * 1e300,
-        "two": {"a": z, "b": z}, "list": [z], "sparse": z.to_sparse(), "meta": z.to("meta"),
-        "trap": {"z": Trap()}, "expanded": torch.zeros(1).expand(10**12)}
-    yield "latent", "x.pt", "same", {
-        "float64": z.double(), "dict": {0: z}, "named": {"z": z, "x": 3}, "parameter": torch.nn.Parameter(z)}
-    heads = {"10^12": npy((10**12,)), "7 GB": npy((9 * 10**8,), "<f8"), "negative": npy((-1, 3)),
-             "objects": npy(descr="|O"), "texts": npy((1,), "<U500000000"), "code": npy().replace(b"False", b"print"),
-             "4 GB": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(99)}
-    yield "latent", "x.npy", "refused", {what: content + bytes(1440) for what, content in heads.items()}
-    heads["7 GB"] += bytes(1 << 27)
-    yield "latent", "x.npz", "refused", {w: packed({"z.npy": content + bytes(1440)}) for w, content in heads.items()}
-    yield "latent", "x.npz", "same", {"path": packed({"../z.npy": npy() + z.numpy().tobytes() + bytes(1 << 27)})}
-    yield "latent", "x.safetensors", "refused", {
-        "2^63 bytes": struct.pack("<Q", 2**63), "no JSON": struct.pack("<Q", 4) + b"{]}{",
-        "10^18": safetensors([10**18], 16), "past the end": safetensors([10**6], 4 * 10**6),
-        "disagreeing": safetensors([3], 8)}
-    yield "latent", "x.nii.gz", "refused", {
-        "4 GB": bomb("x.nii.gz", header(image, dim=[4, 500, 500, 500, 4, 1, 1, 1])), "bomb": bomb("x.nii.gz", image)}
-    fields: dict[str, list[Any]] = {
-        "source_shape": [[10**5] * 3, [1600] * 3, [-1, 2, 3], [22, 24], "22", [22.5, 24, 22]],
-        "source_affine": [[[np.nan] * 4] * 4, [[0.0] * 4] * 4, np.eye(3).tolist(), "eye"],
-        "source_codes": [["a", "b"], [1], [9, 9]], "source_units": [["parsec", "sec"]],
-        "intensity_factor": [float("nan"), "7"], "model_affine": [[[0.0] * 4] * 4]}
-    yield "header", "", "refused", {f"{key} {option}": latent_file(**{key: option})
-                                    for key, options in fields.items() for option in options}
-    yield "header", "", "other", {"no grid": latent_file(**dict.fromkeys(SourceGrid.__dataclass_fields__))}
-    yield "folder", "x_latent", "refused", {"no record": latent_folder(ENTRY, name=None)}
-    yield "folder", "y_latent", "refused", {"gone": latent_folder({**ENTRY, "file": "y_latent.safetensors"})}
-    lines = ["{", "[]", "null", DEEP, b'{"file": "\xff"}', {"split": "train"}, {**ENTRY, "name": "../x"},
-             *({**ENTRY, "file": file} for file in (3, "x\0", "\ud800", "../x", "/etc/passwd"))]
-    yield "folder", "manifest.jsonl", "refused", {str(n): latent_folder(line) for n, line in enumerate(lines)}
-
-    def scale(channel: Any, overall: Any = 1.0) -> str:
-        return json.dumps({**STATISTICS, "scale_factor": {"channel": channel, "overall": overall}})
-
-    yield "statistics", "latent_stats.json", "refused", {
-        "empty": "", "cut": json.dumps(STATISTICS)[:40], "list": "[]", "nothing": "{}", "NaN": scale([np.nan] * 4),
-        "0": scale([0.0] * 4), "texts": scale(["a"] * 4), "none": scale([]), "deep": DEEP,
-        "overall": scale([1.0] * 4, "x"), "digits": scale([1.0] * 4).replace("1.0]", "9" * 5000 + "]"),
-        "shift": json.dumps({**STATISTICS, "shift": {"channel": [0.0] * 5, "overall": 0.0}})}
-
-
-def networks() -> Rows:
-    """Weights, checkpoints, and keys of the configs."""
-    good, first = state(), next(iter(state()))
-    for name, raw in (("w.pt", torch_bytes(good)), ("w.safetensors", save(good))):
-        yield "weights", name, "refused", {"nothing": b"", "half": raw[: len(raw) // 2], "by one": raw[:-1],
-                                           "HTML": b"<!doctype html>", "pickle": pickle.dumps(Trap())}
-    with zipfile.ZipFile(io.BytesIO(torch_bytes(good))) as archive:
+        yield "latent", f"x{ending}", "refused", {
+            "by one": latent_bytes(ending)[:-1], "zeros": bytes(5000), "pickle": pickle.dumps(Trap())}
+    with zipfile.ZipFile(io.BytesIO(torch_bytes(z))) as archive:
         compressed = packed({name: archive.read(name) for name in archive.namelist()})
-    yield "weights", "w.pt", "refused", {"compressed": compressed}
-    yield "latent", "x.pt", "refused", {"compressed": compressed}
-    yield "weights", "w.pt", "refused", {
-        "{}": {}, "list": [1], "None": None, "missing": {k: v for k, v in good.items() if k != first},
-        "too many": {**good, "x": values()}, "shape": {**good, first: values()}, "trap": Trap(),
-        "numbers": dict.fromkeys(good, 1.0), "meta": {**good, first: good[first].to("meta")},
-        "sparse": {**good, first: good[first].to_sparse()}, "NaN": {k: v * np.nan for k, v in good.items()},
-        "complex": {**good, first: good[first].to(torch.complex64)},
-        "expanded": {**good, "x": torch.zeros(1).expand(10**12)}}
-    yield "weights", "w.pt", "same", {
-        "float64": {k: v.double() for k, v in good.items()}, "under model": {"model": good, "epoch": 3}}
-    whole = {"epoch": 3, "epoch_length": 5, "objects": {"network": good}, "best_metric": 0.5, "best_metric_epoch": 2,
-             "early_stop": None}
-    yield "checkpoint", "epoch_0003.pt", "refused", {
-        "cut": torch_bytes(whole)[:-1], "nothing": b"",
-        **{f"no {key}": {k: v for k, v in whole.items() if k != key} for key in whole}, "list": [],
-        "trap": Trap(), "state dict": good, "epoch": {**whole, "epoch": "3"}, "best": {**whole, "best_metric": "x"},
-        "objects": {**whole, "objects": {"network": {}}}, "length": {**whole, "epoch_length": 7}}
-    keys: dict[str, dict[str, list[Any]]] = {
-        "inference": {
-            "spatial_size": ["abc", None, [32, 32], [32, 32, 33], [0] * 3, [40000] * 3], "device": ["gpu", 3, "meta"],
-            "spacing": ["abc", 0, float("nan"), 1e-6, True], "split": ["everything"], "checks": ["maybe"],
-            "weights": [None, []], "max_scans": [-1], "dataset_dir": [3, "["], "output_dir": [3], "amp": ["maybe"],
-            "channels_last": ["maybe"], "save_model_space": ["maybe"], "num_workers": ["x", -1]},
-        "encode": {"dtype": ["float64"], "shards": ["x", -1], "overwrite": ["maybe"], "test_fraction": ["1/3"],
-                   "label": ["group"]},
-        "evaluate": {"baselines": [["nope"], 3], "peers": [3, [["x"]]]}}
-    for config, entries in keys.items():
-        for key, options in entries.items():
-            yield "job", key, "refused", {f"{key} {value!r}": a_job(config, **{key: value}) for value in options}
-    for key, value in (("weights", "gone.pt"), ("dataset_dir", "/gone"), ("output_dir", "/dev/null/out")):
-        yield "job", value, "refused", {key: a_job("inference", **{key: value})}
-    yield "job", "", "same", {"otherwise": a_job("inference", amp="no", channels_last=0, max_scans=3, checks="skip")}
+    yield "latent", "x.pt", "refused", {
+        "NaN": z * np.nan, "overflow": z.double() * 1e300, "two": {"a": z, "b": z}, "meta": z.to("meta"),
+        "trap": {"z": Trap()}, "compressed": compressed}
+    yield "latent", "x.pt", "same", {"dict": {0: z}, "parameter": torch.nn.Parameter(z)}
+    heads = {"10^12": npy((10**12,)), "texts": npy((1,), "<U500000000"), "objects": npy(descr="|O"),
+             "4 GB": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(99)}
+    heads = {what: content + bytes(1440) for what, content in heads.items()}
+    yield "latent", "x.npy", "refused", heads
+    yield "latent", "x.npz", "refused", {what: packed({"z.npy": content}) for what, content in heads.items()}
+    yield "latent", "x.safetensors", "refused", {
+        "2^63 bytes": struct.pack("<Q", 2**63), "no JSON": struct.pack("<Q", 4) + b"{]}{"}
+    yield "latent", "x.nii.gz", "refused", {"bomb": bomb("x.nii.gz", image)}
+    yield "header", "", "refused", {
+        f"{key} {option}": latent_file(**{key: option}) for key, option in (
+            ("source_shape", [1600] * 3), ("source_shape", "22"), ("source_affine", [[np.nan] * 4] * 4),
+            ("source_codes", ["a", "b"]), ("intensity_factor", "7"))}
+    yield "folder", "y_latent", "refused", {"gone": latent_folder({**ENTRY, "file": "y_latent.safetensors"})}
+    lines = ["null", DEEP, b'{"file": "\xff"}', *({**ENTRY, "file": file} for file in (3, "\ud800", "/etc/passwd"))]
+    yield "folder", "manifest.jsonl", "refused", {str(n): latent_folder(line) for n, line in enumerate(lines)}
+    scales = '{"scale_factor": {"channel": [%s], "overall": 1}, "shift": {"channel": [0], "overall": 0}}'
+    yield "statistics", "latent_stats.json", "refused", {
+        "deep": DEEP, "text": scales % '"a"', "digits": scales % ("9" * 5000)}
+    yield "weights", "w.pt", "refused", {"expanded": {"x": torch.zeros(1).expand(10**12)}}
 
 
 # fmt: on
@@ -421,16 +292,14 @@ def corpus() -> tuple[Case, ...]:
     def make_of(reader: str, name: str, content: Any) -> Make:
         if callable(content):
             return content
-        if reader == "label":
-            return partial(bids, table=content)
         if not isinstance(content, (bytes, str)):
             content = torch_bytes(content)
         return (beside if reader == "cohort" else written)(name, content)
 
-    rows = [row for part in (scans, cohorts, latent_files, networks) for row in part()]
     return tuple(
         Case(f"{reader} {name}: {what}", reader, make_of(reader, name, content), expected, name)
-        for reader, name, expected, contents in rows
+        for part in (scans, cohorts, latent_files)
+        for reader, name, expected, contents in part()
         for what, content in contents.items()
     )
 
@@ -461,67 +330,18 @@ def read_scan(path: Path, output: Path) -> Any:
     return {"voxels": image.as_tensor(), "affine": image.affine}
 
 
-def read_records(path: Path, output: Path, label: str = "") -> Any:
-    """Which scans are listed; labels where they are asked for."""
-    records = safely_named(read_cohort(str(path), label=label))
-    return sorted((Path(record["image"]).name, record["label"]) for record in records)
-
-
-def read_grid(path: Path, output: Path) -> Any:
-    """A latent's header, and the way home that it tells."""
-    grid = SourceGrid.of_header(latents.read_header(path))
-    return None if grid is None else (grid.bring_home(torch.zeros(32, 32, 32), preprocessing()), grid.image())
-
-
-def read_folder(path: Path, output: Path) -> Any:
-    """The latents of the training split with their names."""
-    return [latent.header["name"] for latent in latents.read_manifest_latents(path, "train")]
-
-
-def read_scaling(path: Path, output: Path) -> Any:
-    """Statistics, used in both ways."""
-    statistics = latents.read_statistics(path)
-    return [latents.LatentScaling(kind, statistics).undo(values(), LATENT[1:]) for kind in ("channel", "overall")]
-
-
-def read_checkpoint(path: Path, output: Path) -> Any:
-    """Go on with a training of five steps an epoch."""
-    engines = [SimpleNamespace(state=SimpleNamespace(epoch_length=5, epoch=0, iteration=0)) for _ in range(2)]
-    network = BrainVAE(**TINY_VAE)
-    checkpoint = RunCheckpoint(str(path.parent), {"network": network}, network, str(output))
-    checkpoint.trainer, checkpoint.evaluator = engines  # type: ignore[assignment]
-    return checkpoint.start(resume=True)
-
-
-def read_job(given: tuple[str, dict[str, Any]], output: Path) -> Any:
-    """A whole job in this process: what it makes of the scan."""
-    name, more = given
-    torch.save(state(), output / "tiny.pt")
-    tiny = {"spatial_size": [32, 32, 32], "spacing": 4.0, "weights": str(output / "tiny.pt"), "device": "cpu"}
-    workflow = ConfigWorkflow(
-        config_file=str(ROOT / "configs" / f"{name}.json"), workflow_type="inference", logging_file=False,
-        **{"bundle_root": str(ROOT), "network_def#channels": [4, 8], **tiny, **more},
-    )  # fmt: skip
-    hook = sys.excepthook
-    try:
-        workflow.initialize()
-        workflow.run()
-    finally:
-        sys.excepthook = hook
-    return torch.from_numpy(nib.load(Path(more["output_dir"], "a_recon.nii.gz")).get_fdata(dtype=np.float32))
-
-
 READERS: dict[str, Callable[[Any, Path], Any]] = {
-    "scan": read_scan, "cohort": read_records, "label": partial(read_records, label="group"), "header": read_grid,
-    "latent": lambda path, output: latents.read_tensor(latents.list_latents(path)[0]["latent"]), "folder": read_folder,
-    "statistics": read_scaling, "weights": lambda path, output: load_weights(BrainVAE(**TINY_VAE), path).state_dict(),
-    "checkpoint": read_checkpoint, "job": read_job,
-}  # fmt: skip
+    "scan": read_scan,
+    "cohort": lambda path, output: sorted(Path(r["image"]).name for r in safely_named(read_cohort(str(path)))),
+    "header": lambda path, output: latents.read_header(path),
+    "latent": lambda path, output: latents.read_tensor(latents.list_latents(path)[0]["latent"]),
+    "folder": lambda path, output: list(latents.read_manifest_latents(path, "train")),
+    "statistics": lambda path, output: latents.read_statistics(path),
+    "weights": lambda path, output: load_weights(BrainVAE(**TINY_VAE), path),
+}
 VALID: dict[str, Callable[[], Make]] = {
-    "scan": lambda: written("a.nii", nifti()), "label": lambda: bids, "job": lambda: a_job("inference"),
-    "cohort": lambda: beside("t.csv", "image\na.nii\nb.nii\nsub dir/c.nii\n"), "header": latent_file,
-    "latent": lambda: written("x.npy", latent_bytes(".npy")), "folder": lambda: latent_folder(ENTRY),
-    "weights": lambda: written("w.pt", torch_bytes(state())),
+    "scan": lambda: written("a.nii", nifti()), "cohort": lambda: beside("t.csv", TABLE),
+    "latent": lambda: written("x.npy", latent_bytes(".npy")),
 }  # fmt: skip
 
 
@@ -590,7 +410,7 @@ def outcome(case: Case, folder: Path) -> tuple[str, str]:
         outcome_, said = judged(error, case.named or (given.name if isinstance(given, Path) else ""))
     else:
         outcome_, said = ("same" if expected is not None and is_equal(found, expected) else "other"), ""
-    after = sorted(os.fsencode(path) for path in inputs.rglob("*") if "out" not in path.parts)
+    after = sorted(os.fsencode(path) for path in inputs.rglob("*"))
     return ("outside", f"wrote a file; {said}") if any(here.iterdir()) or before != after else (outcome_, said)
 
 

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY_NETWORK, TINY_VAE, write_scan
+from conftest import ROOT, TINY_JOB, TINY_VAE, Job, write_scan
 from monai.bundle import ConfigParser
 
 from scripts.cohort import DATA_CRITERIA, HEADER_CRITERIA, read_cohort, recognise
 from scripts.latents import read_header
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
 NOT_PAGES = ("README", "performance")  # the card has a test of its own; figures of machines have none
 PAGES = sorted({path.stem for path in (ROOT / "docs").glob("*.md")} - {*NOT_PAGES})
-MOST_PAGES = 22
 LINKING = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 OVERLAYS = ["finetune", "lite"]
-SIZES = ("channels", "num_res_blocks")
 # Arguments of `monai.bundle run` itself, and keys that its `--tracking` adds.
 NOT_KEYS = {
     "config_file", "logging_file", "meta_file", "run_id", "tracking", "tracking_uri", "experiment_name", "run_name",
 }  # fmt: skip
 FOLDER = "/path/to/brain_t1_vae"
-TINY_PAGES = {  # what the first bundle command of a page gets besides the tiny network
-    "train": ["--epochs", "1", "--val_interval", "1", "--perceptual_weight", "0"],
-    "evaluate": [],
-    "inference": ["--save_model_space", "True"],
-}
+RUNS = {
+    "train": "trained", "evaluate": "evaluated", "inference": "reconstructed", "encode": "encoded",
+    "decode": "decoded", "sample": "sampled",
+}  # fmt: skip
 RECORD_KEYS = {"name", "subject", "session", "label", "split", "system"}
 
 
@@ -56,12 +53,8 @@ def blocks(page: str, language: str) -> list[str]:
 def rows(page: str, header: str) -> list[list[str]]:
     """Cells of the table whose first line begins with `header`, without header and rule."""
     lines = text(page).split(header, 1)[1].splitlines()[2:]
-    table = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        table.append([cell.strip() for cell in line.strip("|").split(" |")])
-    return table
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip() for cell in line.strip("|").split(" |")] for line in table]
 
 
 def code(cell: str) -> str:
@@ -90,16 +83,9 @@ def options(arguments: list[str]) -> dict[str, str]:
     return {key.removeprefix("--"): value for key, value in zip(arguments[::2], arguments[1::2], strict=True)}
 
 
-def config_files(value: str) -> list[str]:
-    """One config file, or a list of them as text."""
-    return ast.literal_eval(value) if value.startswith("[") else [value]
-
-
-def user_keys(job: str) -> dict[str, object]:
-    """Keys and defaults that a user may change: what stands before `network_def`."""
-    content = json.loads((ROOT / "configs" / f"{job}.json").read_text())
-    keys = list(content)
-    return {key: content[key] for key in keys[: keys.index("network_def")]}
+def config(name: str) -> dict[str, Any]:
+    """A config as it stands in the file."""
+    return json.loads((ROOT / "configs" / f"{name}.json").read_text())
 
 
 COMMANDS = [(page, " ".join(command)) for page in PAGES for command in bundle_commands(page)]
@@ -126,46 +112,45 @@ def test_a_command_names_files_and_keys_that_exist(page: str, command: str, tmp_
     """Config files exist (or stand on the page), and every key is one of the overlaid config."""
     given = next(options(words) for words in bundle_commands(page) if " ".join(words) == command)
     files = []
-    for name in config_files(given["config_file"]):
+    named = given["config_file"]
+    for name in ast.literal_eval(named) if named.startswith("[") else [named]:
         own = re.search(rf"`{re.escape(name)}`:\n\n```json\n(.*?)```", text(page), re.S)
         file = tmp_path / name if own else ROOT / name.replace(FOLDER, ".")
         if own:
             file.write_text(own[1])
-            assert json.loads(own[1]).keys() <= user_keys("train").keys()
+            assert json.loads(own[1]).keys() <= config("train").keys()
         files.append(str(file))
     parser = ConfigParser()
     parser.read_config(files)
-    unknown = [key for key in given if key not in NOT_KEYS and key not in parser]
-    assert not unknown
-
-
-def test_there_are_few_pages() -> None:
-    """One a job and one a question; what repeats is merged."""
-    assert len(list((ROOT / "docs").glob("*.md"))) <= MOST_PAGES
+    assert not [key for key in given if key not in NOT_KEYS and key not in parser]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_table_of_overlays_is_the_files(name: str) -> None:
     """What finetune.json and lite.json set, less the blocks."""
-    content = json.loads((ROOT / "configs" / f"{name}.json").read_text())
-    expected = {key: value for key, value in content.items() if "#" not in key and not isinstance(value, dict)}
+    expected = {key: value for key, value in config(name).items() if "#" not in key and not isinstance(value, dict)}
     column = 1 + OVERLAYS.index(name)
     table = rows("train", "| key | `finetune.json` | `lite.json` |")
     assert {code(row[0]): json.loads(code(row[column])) for row in table if row[column]} == expected
+
+
+def parsed(*names: str) -> ConfigParser:
+    """Configs, a later over an earlier."""
+    return ConfigParser(ConfigParser.load_config_files([ROOT / "configs" / f"{name}.json" for name in names]))
 
 
 def test_the_table_of_sizes_is_the_networks() -> None:
     """Channels, blocks and parameters of all sizes; weights of both losses."""
     table = rows("network_and_loss", "| size |")
     for (_, _, *sizes, n_parameters), overlays in zip(table, ([], ["lite"], ["maisi"]), strict=True):
-        parser = ConfigParser()
-        parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", *overlays)])
-        assert [json.loads(code(cell)) for cell in sizes] == [parser["network_def"][key] for key in SIZES]
+        parser = parsed("train", *overlays)
+        assert [json.loads(code(cell)) for cell in sizes] == [
+            parser[f"network_def#{key}"] for key in ("channels", "num_res_blocks")
+        ]
         network = parser.get_parsed_content("network_def")
         assert f"{sum(parameter.numel() for parameter in network.parameters()):,}" == n_parameters
     for column, overlays in ((2, []), (3, ["lite"])):
-        parser = ConfigParser()
-        parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in ("train", *overlays)])
+        parser = parsed("train", *overlays)
         weights = [json.loads(code(row[column])) for row in rows("network_and_loss", "| term |")]
         assert weights == [parser[f"{term}_weight"] for term in ("recon", "mse", "kl", "perceptual", "equivariance")]
 
@@ -181,8 +166,7 @@ def _literals() -> str:
     """All texts of scripts/ and of the examples, f-strings joined, a NUL where a value is put in."""
     texts = []
     for file in [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "docs").glob("*/*.py")]:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
                 texts.append("".join(map(str, parts)))
@@ -194,21 +178,20 @@ def _literals() -> str:
 @pytest.mark.parametrize(("page", "message"), MESSAGES)
 def test_a_quoted_message_is_one_of_the_code(page: str, message: str) -> None:
     """Every part of it between `...` stands in our code."""
-    literals = _literals()
-    for part in message.split("..."):
-        assert part.strip(" ") in literals, part
+    assert [part for part in message.split("...") if part.strip(" ") not in _literals()] == []
 
 
-def _touch(folder: Path, name: str) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).touch()
+def touch(folder: Path, names: Iterable[str]) -> None:
+    """Empty files."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
 
 def test_the_example_table_and_datalist_are_read(tmp_path: Path) -> None:
     """The CSV and the JSON of cohort.md give the subjects, labels and splits that the page says."""
     (table,), (datalist,) = blocks("cohort", "csv"), blocks("cohort", "json")
-    for name in re.findall(r"scans/\w+\.nii\.gz", table + datalist):
-        _touch(tmp_path, name)
+    touch(tmp_path, re.findall(r"scans/\w+\.nii\.gz", table + datalist))
     (tmp_path / "study.csv").write_text(table)
     (tmp_path / "study.json").write_text(datalist)
     by_table = read_cohort(str(tmp_path / "study.csv"), label="group")
@@ -221,8 +204,7 @@ def test_the_example_table_and_datalist_are_read(tmp_path: Path) -> None:
 def test_the_example_folders_are_read(tmp_path: Path) -> None:
     """The BIDS tree is BIDS with two subjects; the other folder holds a FreeSurfer subject and a plain scan."""
     bids, folder = (block.splitlines() for block in blocks("cohort", "text"))
-    for name in [*bids, *folder]:
-        _touch(tmp_path, name.lstrip("/"))
+    touch(tmp_path, [name.lstrip("/") for name in [*bids, *folder]])
     (tmp_path / "data/study/participants.tsv").unlink()  # empty here; needed for labels alone
     (tmp_path / "data/recon-all/bert/mri/aseg.mgz").touch()
     assert recognise(tmp_path / "data/study") == "bids"
@@ -254,91 +236,47 @@ def test_the_programs_of_the_network_page_run(number: int, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_looking_at_a_cohort(number: int, bids: Path) -> None:
+@pytest.mark.parametrize(("number", "shown"), [(0, "'subject': 'sub-08'"), (1, "8 good")])
+def test_looking_at_a_cohort(number: int, shown: str, bids: Path) -> None:
     """The two one-liners of cohort.md list the cohort and check it."""
     lines = [line for line in "\n".join(blocks("cohort", "bash")).splitlines() if line.startswith("python -c")]
     words = shlex.split(lines[number].replace("/data/study", str(bids)))
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ["'subject': 'sub-08'", "8 good"][number] in done.stdout
+    assert shown in done.stdout
 
 
-def _first(page: str, output: Path, cohort: Path) -> list[str]:
-    """The page's first command on a tiny network and cohort."""
-    given = options(bundle_commands(page)[0])
-    given |= {"dataset_dir": str(cohort), "output_dir": str(output), "device": "cpu"}
-    words = [word for key, value in given.items() for word in (f"--{key}", value)]
-    return [*words, *TINY_NETWORK, *TINY_PAGES[page]]
+def generic(name: str) -> str:
+    """A file's name with any volume's for its first part."""
+    return re.sub(r"^(sub-\d\d_T1w|<name>|sample_\d{4})_", "scan_", name)
 
 
-def _named_files(page: str) -> set[str]:
-    return {code(name).rstrip("/") for name, _ in rows(page, "| file |")}
+@pytest.mark.parametrize(("page", "run"), RUNS.items())
+def test_a_job_leaves_the_files_of_its_page(page: str, run: str, request: pytest.FixtureRequest) -> None:
+    """All of them, and no others."""
+    job = request.getfixturevalue(run)
+    found = {generic(path.name) for path in getattr(job, "folder", job).iterdir()}
+    assert found == {generic(code(name).rstrip("/")) for name, _ in rows(page, "| file |")}
 
 
-@pytest.fixture(scope="module")
-def first_training(run_bundle: Run, bids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output of the first command of train.md."""
-    output = tmp_path_factory.mktemp("docs") / "train"
-    run_bundle(*_first("train", output, bids))
-    return output
-
-
-def test_training_leaves_what_the_page_says(first_training: Path) -> None:
-    """The files of train.md, all of them, and the columns of metrics.csv, less those of terms that are switched off."""
-    assert {path.name for path in first_training.iterdir()} == _named_files("train")
-    columns = [code(row[0]) for row in rows("train", "| column | unit | meaning |")]
-    switched_on = [column for column in columns if column != "lpips"]
-    assert switched_on == list(pd.read_csv(first_training / "metrics.csv"))
-
-
-def test_evaluation_leaves_what_the_page_says(
-    run_bundle: Run, bids: Path, first_training: Path, tmp_path: Path
+def test_tables_list_the_columns_of_the_files(
+    trained: Job, evaluated: Job, reconstructed: Job, encoded: Path, sampled: Job
 ) -> None:
-    """The files, columns and systems of evaluate.md."""
-    run_bundle(*_first("evaluate", tmp_path / "out", bids), "--weights", str(first_training / "model.pt"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == _named_files("evaluate")
-    table = pd.read_csv(tmp_path / "out" / "metrics.csv")
+    """Of metrics.csv and summary.csv, with the systems of an evaluation; keys of a latent, figures of samples."""
+    columns = {code(row[0]) for row in rows("train", "| column | unit | meaning |")}
+    assert columns == set(pd.read_csv(trained.folder / "metrics.csv"))
+    measured = pd.read_csv(evaluated.folder / "metrics.csv")
     columns = {code(row[0]) for row in rows("evaluate", "| column | unit | better |")}
-    assert set(table) == RECORD_KEYS | columns - {"active_units"}
-    assert list(table["system"].unique()) == [code(name) for name, _ in rows("evaluate", "| system |")]
-
-
-def test_inference_leaves_what_the_page_says(run_bundle: Run, first_training: Path, tmp_path: Path) -> None:
-    """The files of inference.md and the columns of summary.csv."""
-    scan = write_scan(tmp_path / "scan.nii.gz")
-    run_bundle(*_first("inference", tmp_path / "out", scan), "--weights", str(first_training / "model.pt"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == _named_files("inference")
-    columns = [code(row[0]) for row in rows("inference", "| column | unit |")]
-    assert columns == list(pd.read_csv(tmp_path / "out" / "summary.csv"))
-
-
-def test_encoding_and_decoding_leave_what_the_pages_say(run_bundle: Run, weights: Path, tmp_path: Path) -> None:
-    """The files of encode.md and decode.md for one scan, and the header's keys."""
-    scan = write_scan(tmp_path / "scan.nii.gz")
-    tiny = ["--weights", str(weights), *TINY_NETWORK, "--device", "cpu"]
-    folders = tmp_path / "latents", tmp_path / "decoded"
-    for page, source, folder in (("encode", scan, folders[0]), ("decode", tmp_path / "latents", folders[1])):
-        given = options(bundle_commands(page)[0]) | {"dataset_dir": str(source), "output_dir": str(folder)}
-        run_bundle(*[word for key, value in given.items() for word in (f"--{key}", value)], *tiny)
-        assert {path.name for path in folder.iterdir()} == {n.replace("<name>", "scan") for n in _named_files(page)}
+    assert set(measured) == RECORD_KEYS | columns - {"active_units"}
+    assert list(measured["system"].unique()) == [code(name) for name, _ in rows("evaluate", "| system |")]
+    summary = pd.read_csv(reconstructed.folder / "summary.csv")
+    assert list(summary) == [code(row[0]) for row in rows("inference", "| column | unit |")]
     keys = {key for cell, _ in rows("encode", "| key | what it is |") for key in re.findall(r"`(\w+)`", cell)}
-    assert keys == set(read_header(folders[0] / "scan_latent.safetensors"))
-
-
-def test_sampling_leaves_what_the_page_says(
-    run_bundle: Run, encoded: Path, weights: Path, bids: Path, tmp_path: Path
-) -> None:
-    """The files of sample.md, with everything that can be asked for, and the figures of its table."""
-    given = options(bundle_commands("sample")[0]) | {"dataset_dir": str(encoded), "output_dir": str(tmp_path)}
-    given |= {"n_samples": "2", "n_components": "2", "compare_with": str(bids), "weights": str(weights)}
-    run_bundle(*[w for k, v in given.items() for w in (f"--{k}", v)], *TINY_NETWORK, "--device", "cpu")
-    second = {path.name for path in tmp_path.iterdir() if path.name.startswith("sample_0002")}
-    assert {path.name for path in tmp_path.iterdir()} - second == _named_files("sample")
+    assert keys == set(read_header(encoded / "sub-01_T1w_latent.safetensors"))
     names = {name for cell, _ in rows("sample", "| figure | meaning |") for name in re.findall(r"`(\w+)`", cell)}
-    assert names == set(json.loads((tmp_path / "figures.json").read_text())) - {"n_samples", "n_real"}
+    assert names == set(json.loads((sampled.folder / "figures.json").read_text())) - {"n_samples", "n_real"}
 
 
-def test_the_diffusion_page_runs(run_bundle: Run, encoded: Path, weights: Path, tmp_path: Path) -> None:
+def test_the_diffusion_page_runs(encoded: Path, weights: Path, tmp_path: Path) -> None:
     """Its Python and its command, on tiny latents of a tiny network: a sample comes out as NIfTI."""
     (program,) = blocks("diffusion", "python")
     assert sum(map(bool, program.splitlines())) <= 30
@@ -357,11 +295,11 @@ def test_the_diffusion_page_runs(run_bundle: Run, encoded: Path, weights: Path, 
     assert len(list((tmp_path / "pickles").glob("*.pkl"))) == 8
 
 
-def test_a_job_runs_from_another_folder(first_training: Path, tmp_path: Path) -> None:
+def test_a_job_runs_from_another_folder(weights: Path, tmp_path: Path) -> None:
     """The block of inference.md, by a shell in another folder."""
     write_scan(tmp_path / "scan.nii.gz")
     block = next(block for block in blocks("inference", "bash") if "PYTHONPATH" in block).rstrip()
-    tiny = shlex.join([*TINY_NETWORK, "--device", "cpu", "--weights", str(first_training / "model.pt")])
+    tiny = shlex.join([*TINY_JOB, "--weights", str(weights)])
     python = f'python() {{ {shlex.quote(sys.executable)} -W ignore "$@"; }}'  # the interpreter that runs the tests
     script = f"{python}\n{block.replace(FOLDER, shlex.quote(str(ROOT)))} {tiny}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -28,7 +28,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # What is changed after the cohort was encoded: the error, which names the remedy.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "spacing": ({"spacing": 3.5}, "another preprocessing"),
-    "dtype": ({"dtype": "float16"}, "another dtype"),
     "weights and scan": (
         {"weights": "other.pt", "dataset_dir": "changed"},
         "another weights and another scan; add --overwrite True",

@@ -12,32 +12,23 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
-from monai.transforms import Compose, CopyItemsd, Invertd
-from phantoms import GRIDS, SIZE, ScalingNetwork, preprocessing, write_head
-from torch import nn
+from monai.transforms import Compose, Invertd
+from phantoms import SIZE, ScalingNetwork, preprocessing, write_head
 
 from scripts.jobs.inference import ReconstructionWriter
 from scripts.networks import AutocastInferer, prepare_batch
 from scripts.transforms import ZeroOutsided
 
 CPU = torch.device("cpu")
-COLUMNS = ["name", "l1", "intensity_factor", "voxels_outside", "foreground_voxels_outside"]
 
 
-def reconstruct(
-    records: Sequence[dict], folder: Path, network: nn.Module, *, model_space: bool = False, amp: bool = False
-) -> pd.DataFrame:
+def reconstruct(records: Sequence[dict], folder: Path, network: ScalingNetwork) -> pd.DataFrame:
     """Run inference.json's evaluator; returns summary.csv."""
     steps = preprocessing()
-    after = [
-        Invertd("pred", steps, orig_keys="image", nearest_interp=False, to_tensor=True),
-        ZeroOutsided("pred", steps),
-    ]
-    if model_space:
-        after.insert(0, CopyItemsd("pred", names="pred_model_space"))
+    home = Invertd("pred", steps, orig_keys="image", nearest_interp=False, to_tensor=True)
     SupervisedEvaluator(
         CPU, DataLoader(Dataset(records, steps), batch_size=1), network, prepare_batch=prepare_batch,
-        inferer=AutocastInferer(amp, CPU), postprocessing=Compose(after),
+        inferer=AutocastInferer(False, CPU), postprocessing=Compose([home, ZeroOutsided("pred", steps)]),
         val_handlers=[ReconstructionWriter(str(folder))],
     ).run()  # fmt: skip
     return pd.read_csv(folder / "summary.csv")
@@ -48,15 +39,14 @@ def voxels(path: Path) -> np.ndarray:
     return nib.load(path).get_fdata()
 
 
-@pytest.mark.parametrize("grid", ["aligned", "axes_swapped", "anisotropic", "freesurfer"])
+@pytest.mark.parametrize("grid", ["axes_swapped", "anisotropic", "freesurfer"])
 def test_a_reconstruction_is_on_the_sources_grid(tmp_path: Path, grid: str) -> None:
     """Shape, affine, unit and intensity are the source's, for any axes, spacing and format."""
     record = write_head(tmp_path, grid)
     table = reconstruct([record], tmp_path, ScalingNetwork())
     source, recon = nib.load(record["image"]), nib.load(tmp_path / "sub-01_T1w_recon.nii.gz")
-    assert recon.shape == source.shape == GRIDS[grid][0]
     np.testing.assert_allclose(recon.affine, source.affine, atol=1e-4)
-    assert recon.header.get_xyzt_units() == ("mm", "sec")
+    assert recon.shape == source.shape and recon.header.get_xyzt_units() == ("mm", "sec")
     original = source.get_fdata()
     # Two trilinear resamplings of a head that is smooth over 20 mm, but for its rim, cost below 3 % of its intensity.
     inside = original > 100
@@ -64,17 +54,15 @@ def test_a_reconstruction_is_on_the_sources_grid(tmp_path: Path, grid: str) -> N
     assert table["l1"][0] < 0.02
 
 
-def test_outputs_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs_and_figures(tmp_path: Path) -> None:
     """Per scan NIfTI and PNG by its name, one table; of a network that halves, the error is half the mean intensity."""
-    records = [write_head(tmp_path), write_head(tmp_path, "las", "sub-02_ses-1_T1w")]
+    names = ["sub-01_T1w", "sub-02_ses-1_T1w"]
+    records = [write_head(tmp_path), write_head(tmp_path, "las", names[1])]
     out = tmp_path / "out"
     table = reconstruct(records, out, ScalingNetwork(0.5))
-    names = ["sub-01_T1w", "sub-02_ses-1_T1w"]
     volumes = [f"{name}_recon.{ending}" for name in names for ending in ("nii.gz", "png")]
     assert sorted(path.name for path in out.iterdir()) == ["report.html", *volumes, "summary.csv"]
-    assert list(table) == COLUMNS and table["name"].tolist() == names
-    assert (out / "sub-01_T1w_recon.png").read_bytes().startswith(b"\x89PNG")
-    assert str(out) in capsys.readouterr().out
+    assert table["name"].tolist() == names
     source = voxels(Path(records[0]["image"]))
     factor = source.max() / preprocessing()(records[0])["image"].max().item()
     assert table["intensity_factor"][0] == pytest.approx(factor, rel=1e-5)
@@ -90,38 +78,16 @@ def test_voxels_outside_of_model_space_are_zero(tmp_path: Path) -> None:
     table = reconstruct([record], tmp_path, ScalingNetwork())
     source, recon = voxels(Path(record["image"])), voxels(tmp_path / "sub-01_T1w_recon.nii.gz")
     # on the model's grid it is exact: the box is kept, all else is zero and counted
-    lost = recon == 0
     assert table["voxels_outside"][0] == source.size - np.prod(SIZE)
-    expected = int(((source > 0.05 * np.percentile(source, 99.5)) & lost).sum())
+    expected = int(((source > 0.05 * np.percentile(source, 99.5)) & (recon == 0)).sum())
     assert table["foreground_voxels_outside"][0] == expected > 1000
     assert table["l1"][0] < 1e-6
 
 
-@pytest.mark.parametrize("grid", ["las", "axes_swapped"])
-def test_nothing_fades_at_the_edge_of_model_space(tmp_path: Path, grid: str) -> None:
+def test_nothing_fades_at_the_edge_of_model_space(tmp_path: Path) -> None:
     """A reconstruction that is 1 and more everywhere is zero in the voxels that are counted as outside, and in no
     other; there interpolation with the zeros beyond leaves at least half of it."""
-    table = reconstruct([write_head(tmp_path, grid, height=110.0)], tmp_path, ScalingNetwork(1.0, 1.0))
+    table = reconstruct([write_head(tmp_path, "axes_swapped", height=110.0)], tmp_path, ScalingNetwork(1.0, 1.0))
     recon = voxels(tmp_path / "sub-01_T1w_recon.nii.gz")
     assert (recon == 0).sum() == table["voxels_outside"][0] > 0
     assert recon[recon != 0].min() > 0.49 * table["intensity_factor"][0]
-
-
-def test_model_space_copies(tmp_path: Path) -> None:
-    """On request scan and reconstruction in model space: its shape, spacing and mm, in units of the percentile."""
-    record = write_head(tmp_path, "axes_swapped")
-    reconstruct([record], tmp_path, ScalingNetwork(0.5), model_space=True)
-    volume = preprocessing()(record)["image"]
-    for ending, gain in (("model_space", 1.0), ("model_space_recon", 0.5)):
-        image = nib.load(tmp_path / f"sub-01_T1w_{ending}.nii.gz")
-        assert image.shape == SIZE and image.header.get_xyzt_units()[0] == "mm"
-        np.testing.assert_allclose(image.affine, volume.affine, atol=1e-4)
-        np.testing.assert_allclose(image.get_fdata(), gain * volume[0].numpy(), atol=1e-6)
-
-
-def test_reconstruction_under_autocast(tmp_path: Path) -> None:
-    """With bf16 the network's input and output are rounded to 8 bits (2^-9 each), and nothing after them."""
-    record = write_head(tmp_path)
-    reconstruct([record], tmp_path, ScalingNetwork(), amp=True)
-    source = voxels(Path(record["image"]))
-    assert 1e-5 < np.abs(source - voxels(tmp_path / "sub-01_T1w_recon.nii.gz")).max() / source.max() <= 1 / 256

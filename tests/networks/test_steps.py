@@ -11,7 +11,6 @@ from conftest import TINY_VAE, make_weights
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
-from monai.engines.utils import IterationEvents
 from torch import nn
 
 from scripts.networks import (
@@ -29,7 +28,7 @@ from scripts.networks import (
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-SWITCHES = [(True, BF16), ("true", BF16), (1, BF16), (False, FP32), ("False", FP32), ("no", FP32)]
+SWITCHES = [(True, BF16), ("true", BF16), (False, FP32), ("False", FP32)]
 Outputs = list[dict[str, torch.Tensor]]
 
 
@@ -39,11 +38,11 @@ def network() -> BrainVAE:
     return BrainVAE(**TINY_VAE)
 
 
-def loader(key: str = "image", *size: int, n: int = 3) -> DataLoader:
+def loader(key: str = "image", *size: int) -> DataLoader:
     """Batches of two random volumes with their names."""
     generator = torch.Generator().manual_seed(1)
     size = size or (1, 8, 8, 8)
-    records = [{key: torch.rand(size, generator=generator), "name": f"scan{index}"} for index in range(n)]
+    records = [{key: torch.rand(size, generator=generator), "name": f"scan{index}"} for index in range(3)]
     return DataLoader(Dataset(records), batch_size=2)
 
 
@@ -56,13 +55,6 @@ def test_a_trained_network_is_placed_and_filled(tmp_path, channels_last: bool | 
     assert all(torch.equal(value, read_state_dict(weights)[name]) for name, value in ready.state_dict().items())
     for net in (ready, placed):
         assert all(weight.is_contiguous(memory_format=format) for weight in net.parameters() if weight.ndim == 5)
-
-
-def test_prepare_batch_gives_the_image_twice():
-    """Input and target are one tensor, and nothing else of the batch is asked for."""
-    image = torch.rand(1, 1, 2, 2, 2)
-    source, target = prepare_batch({"image": image, "name": ["scan"]}, CPU)
-    assert source is target and torch.equal(source, image)
 
 
 @pytest.mark.parametrize(("amp", "expected"), SWITCHES)
@@ -85,31 +77,27 @@ def test_old_card_runs_in_fp32(monkeypatch: pytest.MonkeyPatch, has_bf16: bool):
     assert asked == [{"including_emulation": False}]
 
 
-def evaluate(vae: nn.Module, iteration: Callable, data: DataLoader, amp: bool = False) -> tuple[Outputs, list[str]]:
-    """Run an evaluator; returns decollated outputs and the events fired."""
-    outputs, events = [], []
+def evaluate(vae: nn.Module, iteration: Callable, data: DataLoader) -> Outputs:
+    """Run an evaluator; returns decollated outputs."""
+    outputs: Outputs = []
     evaluator = SupervisedEvaluator(
         CPU, data, vae, prepare_batch=prepare_batch, iteration_update=iteration,
-        inferer=AutocastInferer(amp, CPU), postprocessing=lambda data: {**data, "seen": data["name"]},
+        inferer=AutocastInferer(False, CPU), postprocessing=lambda data: {**data, "seen": data["name"]},
     )  # fmt: skip
-    for event in (IterationEvents.FORWARD_COMPLETED, IterationEvents.MODEL_COMPLETED):
-        evaluator.add_event_handler(event, lambda engine, event=event: events.append(event.value))
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: outputs.extend(engine.state.output))
     evaluator.run()
-    return outputs, events
+    return outputs
 
 
 @pytest.mark.parametrize("iteration", [posterior_iteration, encode_iteration])
 def test_posterior_is_kept(iteration: Callable):
-    """Each output holds the image, mu and logvar, and its mean's reconstruction where one is asked for, per volume
-    after MONAI's decollation; the network runs in eval mode and without gradients."""
+    """Each volume's output holds image, mu, logvar and, if asked for, the mean's reconstruction; in eval mode."""
     vae, states = network().train(), []
     vae.quant_conv_mu.register_forward_hook(
         lambda module, inputs, output: states.append((module.training, torch.is_grad_enabled()))
     )
-    outputs, events = evaluate(vae, iteration, loader())
-    assert vae.training  # the mode is put back
-    assert states == [(False, False)] * 2 and events == ["forward_completed", "model_completed"] * 2
+    outputs = evaluate(vae, iteration, loader())
+    assert vae.training and states == [(False, False)] * 2  # the mode is put back
     assert [output["seen"] for output in outputs] == ["scan0", "scan1", "scan2"]
     vae.eval()
     for output, record in zip(outputs, loader().dataset, strict=True):
@@ -126,16 +114,7 @@ def test_posterior_is_kept(iteration: Callable):
 def test_latents_are_decoded():
     """Each output holds the latent and its image."""
     vae, data = network().eval(), loader("latent", 4, 2, 3, 2)
-    for output, record in zip(evaluate(vae, decode_iteration, data)[0], data.dataset, strict=True):
+    for output, record in zip(evaluate(vae, decode_iteration, data), data.dataset, strict=True):
         assert torch.equal(output["latent"], record["latent"]) and not output["pred"].requires_grad
         expected = vae.decode(record["latent"][None])[0].detach()
         torch.testing.assert_close(output["pred"], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_posterior_under_autocast():
-    """With bf16 everything comes back in fp32 and differs by bf16's 8 bits only (measured 0.01 of the spread)."""
-    vae = network().eval()
-    (plain, *_), (half, *_) = (evaluate(vae, posterior_iteration, loader(), amp)[0] for amp in (False, True))
-    for key in ("pred", "mu", "logvar"):
-        assert half[key].dtype == FP32 and not torch.equal(half[key], plain[key])
-        assert (half[key] - plain[key]).abs().max() < 0.1 * plain[key].std()

@@ -66,7 +66,7 @@ CASES = {
 }  # fmt: skip
 # Each case ends in a process of its own, forked from one that has the libraries.
 DRIVER = """
-import json, logging, os, sys, tempfile, threading, time
+import gc, json, logging, os, sys, tempfile, threading, time
 import torch
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
@@ -80,6 +80,7 @@ class Failing(torch.utils.data.IterableDataset):
     def __iter__(self):
         fail(1)
 logging.basicConfig()
+gc.freeze()  # else a process copies all pages when it ends
 ended = {}
 for name, body in json.loads(sys.argv[1]).items():
     file = tempfile.TemporaryFile('w+')

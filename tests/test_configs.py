@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY_JOB, Job, RunBundle, write_scan
+from conftest import ROOT, TINY_JOB, Job, RunBundle
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 JOBS = ["train", "evaluate", "inference", "encode", "decode", "sample"]
-FIRST_KEYS = ["bundle_root", "dataset_dir", "output_dir", "device"]
-ORDER = ["bundle_root", "network_def", "network", "preprocessing", "inferer", "initialize", "run", "imports"]
 SAME_BLOCKS = ["network_def", "preprocessing", "device", "spacing", "spatial_size", "channels_last"]
 SAME_IN_EVALUATION = ["cohort", "scans", "val_fraction", "test_fraction", "label", "checks"]
 TERMS = ["l1", "mse", "kl", "equivariance"]
@@ -35,14 +32,8 @@ TRAININGS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def config(name: str) -> dict[str, Any]:
-    """A config as JSON alone reads it; no key may stand twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        assert len(dict(pairs)) == len(pairs), pairs
-        return dict(pairs)
-
-    content: dict[str, Any] = json.loads((ROOT / "configs" / f"{name}.json").read_text(), object_pairs_hook=unique)
-    return content
+    """A config as JSON alone reads it."""
+    return json.loads((ROOT / "configs" / f"{name}.json").read_text())
 
 
 def train(run_bundle: RunBundle, cohort: Path, output: Path, *more: str, overlays: list[str] | None = None) -> None:
@@ -54,18 +45,8 @@ def train(run_bundle: RunBundle, cohort: Path, output: Path, *more: str, overlay
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_blocks_stand_in_one_order(job: str) -> None:
-    """The reader finds every block where the other configs have it, the four keys that all have first."""
-    keys = list(config(job))
-    assert keys[:4] == FIRST_KEYS
-    positions = [keys.index(key) for key in ORDER]
-    assert positions == sorted(positions)
-
-
 def test_a_block_is_the_same_in_every_config() -> None:
-    """Written out in each config (macros across files break MONAI's tools), and equal; what decides about the split
-    is the same where scans are split."""
+    """Written out in each config, for macros across files break MONAI's tools; the split's where scans are split."""
     for key in SAME_BLOCKS:
         assert all(config(job)[key] == config("train")[key] for job in JOBS), key
     for key in SAME_IN_EVALUATION:
@@ -89,16 +70,13 @@ def test_monai_finds_the_properties_of_a_workflow(
 
 
 def test_training_writes_its_curve_and_weights(trained: Job) -> None:
-    """metrics.csv has a line an epoch with every part, after that of the start; model.pt is a bare state dict; two
-    checkpoints are kept."""
+    """metrics.csv has a line an epoch with every part, after that of the start; model.pt is a bare state dict."""
     curve = pd.read_csv(trained.folder / "metrics.csv", index_col="epoch")
     assert curve.index.tolist() == [0, 1, 2, 3, 4]
     assert np.isfinite(curve[["val_psnr_brain", "val_psnr", "val_l1"]].to_numpy()).all()
     assert np.isfinite(curve.loc[1:, ["learning_rate", "loss", *TERMS, "gradient_norm"]].to_numpy()).all()
     assert curve["lpips"].notna().tolist() == [False, False, False, True, True]  # perceptual_start is 0.5
     assert all(torch.is_tensor(v) for v in torch.load(trained.folder / "model.pt", weights_only=True).values())
-    kept = sorted(path.name for path in (trained.folder / "checkpoints").iterdir())
-    assert kept == ["epoch_0003.pt", "epoch_0004.pt"]
 
 
 def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(
@@ -110,16 +88,6 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(
     train(run_bundle, bids, tmp_path / "run", *cache, "--resume", "true")
     for name in ("model.pt", "model_final.pt", "metrics.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (trained.folder / name).read_bytes(), name
-
-
-def test_a_used_folder_is_not_overwritten(run_bundle: RunBundle, bids: Path, trained: Job) -> None:
-    """Without --resume, a folder that holds a run is refused with exit code 2 and one line."""
-    done = run_bundle(
-        "--config_file", "configs/train.json", "--dataset_dir", str(bids), "--output_dir", str(trained.folder),
-        "--batch_size", "2", *TINY_JOB, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "--resume True" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -147,46 +115,32 @@ def test_lite_brings_the_weights_of_its_network(job: str) -> None:
 
 
 def test_evaluation_gives_every_figure(evaluated: Job) -> None:
-    """Two validation scans, five systems, every column of the protocol, and a table that says what it is."""
+    """Two validation scans, five systems, every column of the protocol."""
     table = pd.read_csv(evaluated.folder / "metrics.csv")
     assert set(table["system"]) == {"model", "identity", "trilinear", "dct", "patch_pca"} and len(table) == 10
     columns = ["l1", "psnr", "psnr_brain", "ssim", "lpips", "kl"]
     assert np.isfinite(table.loc[table["system"] == "model", columns].to_numpy()).all()
-    summary = json.loads((evaluated.folder / "summary.json").read_text())
-    assert summary["n"] == 2 and summary["split"] == "val"
-    assert "active_units" in summary["systems"]["model"]
-    assert summary["weights_sha256"] in evaluated.console and "worst volume" in evaluated.console
-
-
-def test_a_single_scan_can_be_evaluated(start_job: Callable[..., Job], weights: Path, tmp_path: Path) -> None:
-    """`--dataset_dir scan.nii.gz` is enough; what has to be fitted is fitted on it or left out."""
-    scan = write_scan(tmp_path / "scan.nii.gz", seed=5)
-    job = start_job("evaluate", "--dataset_dir", str(scan), "--weights", str(weights))
-    assert {"model", "identity", "trilinear", "dct"} <= set(pd.read_csv(job.folder / "metrics.csv")["system"])
 
 
 def test_inference_gives_the_scan_back_in_its_own_grid(reconstructed: Job, bids: Path) -> None:
     """Same shape, affine and units, float32, intensities of the scan's order; a picture; model space by choice."""
-    for name in ("sub-07", "sub-08"):
-        source = nib.load(bids / name / "anat" / f"{name}_T1w.nii.gz")
-        (path,) = reconstructed.folder.rglob(f"{name}_T1w_recon.nii.gz")
-        recon = nib.load(path)
-        assert recon.shape == source.shape and recon.get_data_dtype() == np.float32
-        np.testing.assert_allclose(recon.affine, source.affine, atol=1e-6)
-        assert recon.header.get_xyzt_units() == source.header.get_xyzt_units()
-        assert int(recon.header["sform_code"]) == int(recon.header["qform_code"]) == 1
-        assert recon.get_fdata().max() > 100
-        names = {file.name.split("T1w")[1] for file in path.parent.glob(f"{name}*")}
-        assert names == {"_recon.nii.gz", "_recon.png", "_model_space.nii.gz", "_model_space_recon.nii.gz"}
+    source = nib.load(bids / "sub-07" / "anat" / "sub-07_T1w.nii.gz")
+    (path,) = reconstructed.folder.rglob("sub-07_T1w_recon.nii.gz")
+    recon = nib.load(path)
+    assert recon.shape == source.shape and recon.get_data_dtype() == np.float32
+    np.testing.assert_allclose(recon.affine, source.affine, atol=1e-6)
+    assert recon.header.get_xyzt_units() == source.header.get_xyzt_units()
+    assert int(recon.header["sform_code"]) == int(recon.header["qform_code"]) == 1
+    assert recon.get_fdata().max() > 100
+    names = {file.name.split("T1w")[1] for file in path.parent.glob("sub-07*")}
+    assert names == {"_recon.nii.gz", "_recon.png", "_model_space.nii.gz", "_model_space_recon.nii.gz"}
 
 
 def test_metadata_versions_are_the_pins() -> None:
     """metadata.json and requirements.txt say the same versions."""
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
     metadata = config("metadata")
-    versions = {
-        name: metadata[f"{key}_version"] for name, key in (("torch", "pytorch"), ("monai",) * 2, ("numpy",) * 2)
-    }
+    versions = {"torch": metadata["pytorch_version"], **{k: metadata[f"{k}_version"] for k in ("monai", "numpy")}}
     assert {**versions, **metadata["required_packages_version"]} == pins
     assert metadata["version"] in metadata["changelog"]
 

@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -29,20 +28,12 @@ from scripts.run import file_sha256
 
 NOTEBOOK = ROOT / "docs" / "visualize_recon.ipynb"
 N_PICTURES = 6  # a reconstruction of each of three scans, the latent, the way between two subjects, samples
-MOST_BYTES = 2_000_000
-TIMEOUT = 600  # seconds a cell
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Run every cell in a fresh kernel started in docs/, as Jupyter does; an error in a cell is an error here."""
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    return NotebookClient(notebook, timeout=TIMEOUT, resources=where, record_timing=False).execute()
-
-
-def outputs(notebook: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
-    """The outputs of all cells, one after the other."""
-    for cell in code_cells(notebook):
-        yield from cell.outputs
+    return NotebookClient(notebook, timeout=600, resources=where, record_timing=False).execute()
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -50,17 +41,19 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def pictures(notebook: nbformat.NotebookNode) -> list[Image.Image]:
-    """The pictures, decoded."""
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The outputs of all cells, one after the other."""
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def assert_in_order(notebook: nbformat.NotebookNode) -> None:
+    """Executed once, from the first cell to the last, without an error, and as many pictures as its text speaks of."""
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    assert not [output for output in outputs(notebook) if output.output_type == "error"]
     found = [output.data["image/jpeg"] for output in outputs(notebook) if "image/jpeg" in output.get("data", {})]
-    return [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
-
-
-def metrics(notebook: nbformat.NotebookNode) -> pd.DataFrame:
-    """The table of figures, a row a scan."""
-    texts = [output.data["text/plain"] for output in outputs(notebook) if "text/html" in output.get("data", {})]
-    (table,) = (text for text in texts if "psnr_brain" in text)
-    return pd.read_csv(io.StringIO(table), sep=r"\s+")
+    pictures = [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+    assert len(pictures) == N_PICTURES
+    assert all(picture.convert("L").getextrema()[1] > 200 for picture in pictures), "one is blank"
 
 
 @pytest.fixture(scope="module")
@@ -69,77 +62,40 @@ def committed() -> nbformat.NotebookNode:
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
-    """A run of it on the CPU; what Jupyter itself keeps stays out of the user's home."""
-    folder = tmp_path_factory.mktemp("jupyter")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
-            patch.setenv(variable, str(folder / variable.lower()))
-        return execute(nbformat.read(NOTEBOOK, as_version=4))
-
-
 @pytest.mark.slow
-def test_runs_from_top_to_bottom(executed: nbformat.NotebookNode) -> None:
-    """No cell ends in an error, and none is left out."""
-    assert [cell.execution_count for cell in code_cells(executed)] == list(range(1, len(code_cells(executed)) + 1))
-    assert not [output for output in outputs(executed) if output.output_type == "error"]
-
-
-@pytest.mark.slow
-def test_shows_every_picture(executed: nbformat.NotebookNode) -> None:
-    """As many as its text speaks of, and none of them is blank."""
-    assert len(pictures(executed)) == N_PICTURES
-    assert all(picture.convert("L").getextrema()[1] > 200 for picture in pictures(executed))
-
-
-@pytest.mark.slow
-def test_gives_figures_of_every_scan(executed: nbformat.NotebookNode) -> None:
-    """All are finite and within their range."""
-    table = metrics(executed)
+def test_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with the figures of every scan; what Jupyter itself keeps stays out of the user's home."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
+    executed = execute(nbformat.read(NOTEBOOK, as_version=4))
+    assert_in_order(executed)
+    texts = [output.data["text/plain"] for output in outputs(executed) if "text/html" in output.get("data", {})]
+    (text,) = (text for text in texts if "psnr_brain" in text)
+    table = pd.read_csv(io.StringIO(text), sep=r"\s+")
     assert len(table) == 3 and list(table.columns) == ["l1", "psnr", "psnr_brain", "ssim", "kl"]
     assert all(math.isfinite(value) and value > 0 for value in table.to_numpy().ravel())
     assert (table["ssim"] <= 1).all() and (table["psnr_brain"] < table["psnr"]).all()
 
 
-@pytest.mark.parametrize("folder", [".", "docs", "docs/images"])
-def test_finds_the_bundle(committed: nbformat.NotebookNode, folder: str) -> None:
-    """Wherever within the bundle it is started."""
-    done = start(committed, ROOT / folder)
-    assert done.stdout.strip() == str(ROOT), done.stderr
-
-
-def test_says_where_to_start_it(committed: nbformat.NotebookNode, tmp_path: Path) -> None:
-    """Outside of the bundle it ends at once, with the remedy."""
-    done = start(committed, tmp_path)
-    assert done.returncode == 1 and "Start the notebook in the bundle's folder" in done.stderr
-
-
-def start(notebook: nbformat.NotebookNode, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the cell that goes to the bundle's folder, and print where it has gone."""
-    (source,) = (cell.source for cell in code_cells(notebook) if "os.chdir" in cell.source)
+def test_finds_the_bundle_or_says_where_to_start(committed: nbformat.NotebookNode, tmp_path: Path) -> None:
+    """Wherever within the bundle it is started; outside of it, it ends at once, with the remedy."""
+    (source,) = (cell.source for cell in code_cells(committed) if "os.chdir" in cell.source)
     command = [sys.executable, "-c", f"{source}\nprint(os.getcwd())"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    inside, below, outside = (
+        subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+        for folder in (ROOT, ROOT / "docs" / "images", tmp_path)
+    )
+    assert inside.stdout.strip() == below.stdout.strip() == str(ROOT), below.stderr
+    assert outside.returncode == 1 and "Start the notebook in the bundle's folder" in outside.stderr
 
 
-def test_links_lead_to_files(committed: nbformat.NotebookNode) -> None:
-    """Beside the notebook in docs/."""
-    text = "\n".join(cell.source for cell in committed.cells if cell.cell_type == "markdown")
-    links = re.findall(r"\]\(([^)#]+)", text)
-    assert links and all((NOTEBOOK.parent / link).is_file() for link in links)
-
-
-def test_committed_run_is_in_order(committed: nbformat.NotebookNode) -> None:
-    """Executed once, from the first cell to the last, without errors or warnings."""
-    assert [cell.execution_count for cell in code_cells(committed)] == list(range(1, len(code_cells(committed)) + 1))
-    assert not [o for o in outputs(committed) if o.output_type == "error" or o.get("name") == "stderr"]
-    assert len(pictures(committed)) == N_PICTURES
-
-
-def test_committed_file_is_small() -> None:
-    """A repository keeps every version of it."""
-    assert NOTEBOOK.stat().st_size < MOST_BYTES
+def test_committed_run_is_in_order_and_of_the_shipped_weights(committed: nbformat.NotebookNode) -> None:
+    """Without warnings, too. New weights need a new run: see this file's head."""
+    assert_in_order(committed)
+    assert not [output for output in outputs(committed) if output.get("name") == "stderr"]
+    printed = "".join(output.text for output in outputs(committed) if output.output_type == "stream")
+    assert f"weights sha256 {file_sha256(ROOT / 'models' / 'model.pt')[:12]}" in printed
 
 
 def test_committed_file_says_nothing_of_a_machine(committed: nbformat.NotebookNode) -> None:
@@ -155,19 +111,8 @@ def test_committed_file_says_nothing_of_a_machine(committed: nbformat.NotebookNo
     assert shown["metadata"]["language_info"] == {"name": "python"}
 
 
-def test_committed_run_is_of_the_shipped_weights(committed: nbformat.NotebookNode) -> None:
-    """New weights need a new run: see this file's head."""
-    printed = "".join(output.text for output in outputs(committed) if output.output_type == "stream")
-    assert f"weights sha256 {file_sha256(ROOT / 'models' / 'model.pt')[:12]}" in printed
-
-
-def write_anew(path: Path) -> None:
-    """Execute the notebook in place, leaving out what changes from machine to machine."""
+if __name__ == "__main__":  # in place, leaving out what changes from machine to machine
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, where Jupyter's widgets are not installed
-    notebook = execute(nbformat.read(path, as_version=4))
-    notebook.metadata.language_info = {"name": "python"}
-    nbformat.write(notebook, path)
-
-
-if __name__ == "__main__":
-    write_anew(NOTEBOOK)
+    anew = execute(nbformat.read(NOTEBOOK, as_version=4))
+    anew.metadata.language_info = {"name": "python"}
+    nbformat.write(anew, NOTEBOOK)

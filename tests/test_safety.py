@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import gzip
@@ -11,7 +10,6 @@ import json
 import pickle
 import re
 import subprocess
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,70 +20,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_JOB, head, make_weights
+from conftest import TINY_JOB, head, make_weights
 from PIL import Image
 from torch import nn
 
-from scripts.cohort import read_cohort
 from scripts.convert_latents import import_folder
 from scripts.convert_weights import convert
-from scripts.latents import load_prior, read_latent, read_tensor
+from scripts.latents import read_latent, read_tensor
 from scripts.metrics import LPIPS3D
 from scripts.networks import load_weights
 from scripts.run import InputError
-
-FORBIDDEN = {
-    "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load",
-    "dill.load", "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "pd.read_pickle", "torch.hub.load",
-    "os.system", "os.popen", "subprocess.run", "subprocess.Popen", "urllib.request.urlopen",
-    "urllib.request.urlretrieve", "requests.get",
-}  # fmt: skip
-# What must be said to readers that could otherwise run code.
-REQUIRED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
-ALLOWED = {
-    "fresh_process.py": ["subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)"],  # itself
-    "encode.md": ["pickle.load(file)"],  # for who has written the pickles; the page says so
-}
-OPEN = ["torch.load(p)", "torch.load(p, weights_only=safe)", "np.load(p)", "eval(t)", "pickle.load(f)", "d.eval('a')"]
-
-
-def python_sources() -> Iterator[tuple[str, str]]:
-    """File and text of the bundle's Python: modules, examples, benchmarks, `$` of configs."""
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        for block in re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S):
-            yield path.name, block
-    for path in sorted(path for folder in ("scripts", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
-        yield path.name, path.read_text(encoding="utf-8")
-    for path in sorted((ROOT / "configs").glob("*.json")):
-        for text in re.findall(r'"\$((?:[^"\\]|\\.)*)"', path.read_text(encoding="utf-8")):
-            yield path.name, re.sub(r"[@%][\w:#]+", "reference", json.loads(f'"{text}"'))
-
-
-def faults(source: str) -> list[str]:
-    """Calls of a source that could run what stands in a file, or open a connection."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        name, arguments = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
-        key, wanted = REQUIRED.get(name, ("", None))
-        given = arguments.get(key)
-        is_open = key and not (isinstance(given, ast.Constant) and given.value is wanted)
-        # network.eval() takes nothing; pandas' eval takes a program
-        is_eval = isinstance(node.func, ast.Attribute) and node.func.attr == "eval" and bool(node.args)
-        if name in FORBIDDEN or is_open or is_eval:
-            found.append(ast.unparse(node))
-    return found
-
-
-def test_no_source_loads_what_could_run() -> None:
-    """No eval of our own, and torch and NumPy read with their locks on; the search finds each kind of fault."""
-    assert all(faults(line) for line in OPEN)
-    assert not faults("torch.load(p, weights_only=True), np.load(p, allow_pickle=False), network.eval()")
-    found: dict[str, list[str]] = {}
-    for name, source in python_sources():
-        found[name] = found.get(name, []) + faults(source)
-    assert {name: calls for name, calls in found.items() if calls} == ALLOWED
 
 
 class Poison:
@@ -102,8 +46,6 @@ def poisoned(path: Path, marker: Path) -> Path:
     """A file whose ending says how it is packed, and that makes `marker` where it is loaded carelessly."""
     if path.suffix == ".pt":
         torch.save({"model": {"weight": Poison(marker)}, "epoch": 1}, path)
-    elif path.suffix == ".npy":
-        np.save(path, np.array([Poison(marker)], dtype=object), allow_pickle=True)
     elif path.suffix == ".npz":
         np.savez(path, mu=np.array([Poison(marker)], dtype=object))
     else:
@@ -113,14 +55,10 @@ def poisoned(path: Path, marker: Path) -> Path:
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "weights": ("model.pt", lambda path: load_weights(nn.Linear(2, 2), path)),
-    "weights in safetensors": ("model.safetensors", lambda path: load_weights(nn.Linear(2, 2), path)),
     "foreign weights": ("foreign.pt", lambda path: convert(str(path), str(path.with_name("out.pt")))),
     "perceptual weights": ("lpips.safetensors", lambda path: LPIPS3D(weights=path)),
     "latent": ("a_latent.safetensors", read_latent),
-    "prior": ("prior.safetensors", load_prior),
-    "latent to decode, torch": ("a.pt", read_tensor),
-    "latent to decode, array": ("a.npy", read_tensor),
-    "latent to decode, arrays": ("a.npz", read_tensor),
+    "latent to decode": ("a.pt", read_tensor),
     "latents to import": ("a.npz", lambda path: import_folder(str(path.parent), str(path.parent / "out"))),
 }
 
@@ -159,12 +97,6 @@ def no_sockets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         yield
-
-
-def test_the_guard_ends_what_connects(no_sockets: None) -> None:
-    """Also where the error would be caught."""
-    code = "import socket\ntry:\n    socket.getaddrinfo('localhost', 1)\nexcept BaseException:\n    pass"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 97
 
 
 NAME = "Krautwurst"
@@ -270,31 +202,7 @@ def test_a_hidden_name_is_found(tmp_path: Path) -> None:
     """The search itself: in capitals, in a file's name, in a compressed header, and in that within a page."""
     private_scan(tmp_path / "scan" / "a.nii.gz", 0)
     packed = base64.b64encode((tmp_path / "scan" / "a.nii.gz").read_bytes()).decode()
-    for name, text in (("a.txt", f"of {NAME.upper()}"), (f"{NAME}.txt", ""), ("a.html", f'"volume":"{packed}"')):
+    texts = {"a.txt": f"of {NAME.upper()}", f"{NAME}.txt": "", "a.html": f'"volume":"{packed}"'}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    assert {Path(line.split(": b")[0]).name for line in leaks(tmp_path)} == {
-        "a.nii.gz", "a.txt", f"{NAME}.txt", "a.html",
-    }  # fmt: skip
-
-
-def test_a_subject_is_not_named_after_folders_outside_the_cohort(tmp_path: Path) -> None:
-    """A table without a column 'subject' whose scans lie elsewhere."""
-    scan = tmp_path / "home" / NAME / "a.nii.gz"
-    private_scan(scan, 0)
-    table = tmp_path / "tables" / "study.csv"
-    table.parent.mkdir()
-    table.write_text(f"image\n{scan}\n")
-    (record,) = read_cohort(str(table))
-    assert NAME not in str({key: value for key, value in record.items() if key != "image"})
-
-
-def test_a_home_folder_is_no_part_of_what_is_shipped() -> None:
-    """No path of a user's machine in configs, pages, scripts or the notebook."""
-    patterns = ("README.md", "configs/*", "docs/**/*", "scripts/**/*.py")
-    found = [
-        f"{path.name}: {match}"
-        for path in (path for pattern in patterns for path in ROOT.glob(pattern))
-        if path.suffix in (".json", ".md", ".py", ".ipynb", ".txt", ".sh", ".conf")
-        for match in re.findall(r"(?:/home|/Users|/root)/\w+|/work/\w+", path.read_text(encoding="utf-8"))
-    ]
-    assert not found, found
+    assert {Path(line.split(": b")[0]).name for line in leaks(tmp_path)} == {"a.nii.gz", *texts}

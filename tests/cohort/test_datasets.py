@@ -10,10 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader, Dataset, MetaTensor
+from monai.data import Dataset
 from monai.transforms import Compose, EnsureTyped, Lambdad, LoadImaged, RandGaussianNoised
 
-from scripts.cohort import cached_dataset, datasets, record_hash, transforms_hash
+from scripts.cohort import cached_dataset, datasets
 from scripts.run import InputError
 from scripts.transforms import ScaleByPercentiled
 
@@ -22,30 +22,24 @@ CHANGES = ("content", "time", "label", "percentile", "version", "source")
 
 def transform(percentile: float = 99.5, noise: float = 0.0) -> Compose:
     """Load, scale, drop meta, then something random."""
-    return Compose(
-        [
-            LoadImaged(keys="image", image_only=True, ensure_channel_first=True),
-            ScaleByPercentiled(keys="image", percentile=percentile),
-            EnsureTyped(keys="image", track_meta=False),
-            RandGaussianNoised(keys="image", prob=1.0 if noise else 0.0, std=noise),
-        ]
-    )
-
-
-def write_scan(path: Path, seed: int = 0) -> Path:
-    """A small random scan."""
-    values = np.random.default_rng(seed).uniform(1, 100, (6, 7, 8)).astype(np.float32)
-    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
-    return path
+    steps = [
+        LoadImaged(keys="image", image_only=True, ensure_channel_first=True),
+        ScaleByPercentiled(keys="image", percentile=percentile),
+        EnsureTyped(keys="image", track_meta=False),
+        RandGaussianNoised(keys="image", prob=1.0 if noise else 0.0, std=noise),
+    ]
+    return Compose(steps)
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[dict[str, str]]:
-    """Two scans with labels."""
-    return [
-        {"image": str(write_scan(tmp_path / f"{name}.nii", seed)), "name": name, "label": "control"}
-        for seed, name in enumerate(["a", "b"])
-    ]
+    """Two small random scans with labels."""
+    found = []
+    for seed, name in enumerate("ab"):
+        values = np.random.default_rng(seed).uniform(1, 100, (6, 7, 8)).astype(np.float32)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / f"{name}.nii")
+        found.append({"image": str(tmp_path / f"{name}.nii"), "name": name, "label": "control"})
+    return found
 
 
 @pytest.fixture
@@ -75,15 +69,6 @@ def test_memory_reads_a_scan_when_it_is_first_asked_for(records: list[dict[str, 
     assert torch.equal(image_of(dataset), other)
     os.remove(records[0]["image"])
     assert torch.equal(image_of(dataset), other)
-
-
-def test_workers_find_the_memory_filled(records: list[dict[str, str]]) -> None:
-    """Each would fill one of its own, every epoch anew."""
-    dataset = cached_dataset(records, transform(), num_workers=1)
-    for record in records:
-        os.remove(record["image"])
-    loader = DataLoader(dataset, batch_size=1, num_workers=1)
-    assert [batch["image"].shape for batch in loader] == [(1, 1, 6, 7, 8)] * 2
 
 
 def test_second_visit_reads_the_file(records: list[dict[str, str]], folder: Path) -> None:
@@ -129,37 +114,36 @@ def test_random_part_is_not_cached(records: list[dict[str, str]], folder: Path) 
 
 
 def test_first_and_later_visits_are_of_one_kind(records: list[dict[str, str]], folder: Path) -> None:
-    """No meta on disk, so none on the first visit either; memory keeps it."""
+    """No meta on disk, so none on the first visit either."""
     steps = Compose([LoadImaged(keys="image", image_only=True, ensure_channel_first=True)])
     dataset = cached_dataset(records, steps, str(folder))
     assert [type(dataset[0]["image"]) for _ in range(2)] == [torch.Tensor] * 2
-    assert isinstance(cached_dataset(records, steps)[0]["image"], MetaTensor)
 
 
 class Payload:
     """Makes a folder when unpickled without restriction."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
+        return os.mkdir, ("harm",)
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "code"])
-def test_damaged_file_is_made_again(records: list[dict[str, str]], folder: Path, tmp_path: Path, damage: str) -> None:
-    """An empty, foreign or cut file costs one computation and a warning; a planted pickle is not run."""
+@pytest.mark.parametrize("damage", ["empty", "cut", "code"])
+def test_damaged_file_is_made_again(
+    records: list[dict[str, str]], folder: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty or cut file costs one computation and a warning; a planted pickle is not run."""
+    monkeypatch.chdir(tmp_path)
     dataset = cached_dataset(records, transform(), str(folder))
     fresh = image_of(dataset)
     (file,) = folder.iterdir()
     if damage == "code":
-        torch.save({"image": Payload(tmp_path / "harm")}, file)
+        torch.save({"image": Payload()}, file)
     else:
-        file.write_bytes({"empty": b"", "text": b"not a tensor", "cut": file.read_bytes()[:-200]}[damage])
+        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-200])
     with pytest.warns(UserWarning, match="damaged"):
         assert torch.equal(image_of(dataset), fresh)
     assert torch.equal(torch.load(file, weights_only=True)["image"], fresh)
-    assert list(folder.iterdir()) == [file] and not (tmp_path / "harm").exists()
+    assert list(folder.iterdir()) == [file] and not Path("harm").exists()
 
 
 def test_what_cannot_be_cached_is_refused(records: list[dict[str, str]], folder: Path) -> None:
@@ -169,9 +153,3 @@ def test_what_cannot_be_cached_is_refused(records: list[dict[str, str]], folder:
         cached_dataset(records, steps, str(folder))
     with pytest.raises(InputError, match="is a file; give a folder"):
         cached_dataset(records, transform(), records[0]["image"])
-
-
-def test_hashes_do_not_depend_on_order_or_object() -> None:
-    """Equal records and equal transforms have equal names."""
-    assert record_hash({"a": "1", "b": "2"}) == record_hash({"b": "2", "a": "1"}) != record_hash({"a": "1", "b": "1"})
-    assert transforms_hash(transform().transforms[:3]) == transforms_hash(transform().transforms[:3])

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.cohort import DATA_CRITERIA, HEADER_CRITERIA, check_cohort, check_scan, preflight, read_cohort
+from scripts.cohort import check_cohort, check_scan, preflight, read_cohort
 from scripts.run import InputError
 
 SIDE = 32  # voxels of 2.5 mm: 80 mm, the least that passes
@@ -33,17 +33,10 @@ def save(path: Path, data: np.ndarray | None = None, spacing: Any = 2.5, kind: t
     return path
 
 
-def with_voxel(value: float) -> np.ndarray:
-    """A float volume with one voxel of its own."""
-    data = volume(dtype=np.float32)
-    data[3, 4, 5] = value
-    return data
-
-
-def sparse(n_voxels: int) -> np.ndarray:
-    """A volume with so many voxels above zero."""
-    data = np.zeros((SIDE,) * 3, np.int16)
-    data.flat[:n_voxels] = 9
+def sparse(n_voxels: int, value: float = 9) -> np.ndarray:
+    """A volume with so many voxels of a value, the others zero."""
+    data = np.zeros((SIDE,) * 3, np.float32 if n_voxels == 1 else np.int16)
+    data.flat[:n_voxels] = value
     return data
 
 
@@ -56,11 +49,6 @@ def with_header(path: Path, **fields: Any) -> None:
     path.write_bytes(header.binaryblock + path.read_bytes()[348:])
 
 
-def cut(path: Path, n_bytes: int) -> None:
-    """A scan without its last bytes."""
-    path.write_bytes(save(path).read_bytes()[:-n_bytes])
-
-
 RGB = np.zeros((SIDE,) * 3, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 SHEARED = [1, np.hypot(2.5, 1.0), 2.5, 2.5, 1, 1, 1, 1]
 FLAT = {"sform_code": 1, "srow_x": [2.5, 0, 2.5, 0], "srow_y": [0, 2.5, 0, 0], "srow_z": [0, 0, 0, 0]}
@@ -70,64 +58,42 @@ Make = Callable[[Path], Any]
 BAD: list[tuple[str, Make, str, str]] = [
     ("a.nii.gz", lambda p: None, "exists", "does not exist"),
     ("a.nii.gz", lambda p: p.symlink_to("gone"), "exists", "a link to a file that is not here"),
-    ("a.nii.gz", lambda p: p.mkdir(), "exists", "is a folder"),
     ("a.nii.gz", lambda p: os.mkfifo(p), "exists", "is a pipe"),
     ("a.nii", lambda p: p.write_bytes(b""), "opens", "is empty"),
-    ("a.nii", lambda p: p.write_text("hello"), "opens", "cannot be read to its end"),
     ("a.nii.gz", lambda p: p.write_bytes(save(p.with_name("b.nii")).read_bytes()), "opens", "is not compressed"),
-    ("a.mgz", lambda p: p.write_text("hello"), "opens", "is not compressed"),
     ("a.nii.gz", lambda p: p.write_text("<!DOCTYPE html><html></html>"), "opens", "web page"),
     ("a.nii.gz", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "opens", "git-lfs"),
-    ("a.nii.gz", lambda p: cut(p, 4), "opens", "cannot be read to its end"),
-    ("a.nii", lambda p: cut(p, 5000), "opens", "cannot be read to its end"),
-    ("a.mgz", lambda p: p.write_bytes(save(p, kind=nib.MGHImage).read_bytes()[:5000]), "opens", "read to its end"),
-    ("a.nii", lambda p: with_header(p, vox_offset=1e30), "opens", "voxels begin after 1e.30 bytes"),
+    ("a.nii.gz", lambda p: p.write_bytes(save(p).read_bytes()[:-4]), "opens", "cannot be read to its end"),
     ("a.nii", lambda p: with_header(p, dim=ABSURD), "size", "30000 x 30000 x 30000 voxels"),
     ("a.nii", lambda p: with_header(p, dim=[3, 240, 240, 240, 1, 1, 1, 1]), "opens", "declares 27648000 bytes"),
-    ("a.nii", lambda p: with_header(p, dim=[3, -5, 40, 40, 1, 1, 1, 1]), "one volume", "not a volume"),
     ("a.nii", lambda p: save(p, volume((8, 8, 8, 5))), "one volume", r"4 dimensions \(8 x 8 x 8 x 5\).*functional run"),
-    ("a.nii", lambda p: with_header(p, dim=[4, *[SIDE] * 3, 1, 1, 1, 1]), "one volume", "the last of size 1.*squeeze"),
-    ("a.nii", lambda p: save(p, volume((64, 64))), "one volume", "64 x 64, which is not a volume"),
     ("a.nii", lambda p: save(p, volume((64, 64, 1))), "one volume", "single slice"),
-    ("a.nii", lambda p: save(p, volume(dtype=np.complex64)), "real numbers", "complex"),
     ("a.nii", lambda p: save(p, RGB), "real numbers", "RGB"),
     ("a.nii", lambda p: with_header(p, **FLAT), "affine", "cannot be inverted"),
-    ("a.nii", lambda p: with_header(p, sform_code=1, srow_x=np.nan), "affine", "NaN"),
     ("a.nii", lambda p: with_header(p, sform_code=1, srow_y=[1.0, 2.5, 0, -50]), "one place", "and a qform, 50 mm off"),
     ("a.nii", lambda p: save(p, spacing=(2.5, 2.5, 6)), "spacing", "2.5 x 2.5 x 6 mm; 0.3 to 4 mm"),
     ("a.nii", lambda p: save(p, spacing=0.29), "spacing", "header is in mm"),
     ("a.nii", lambda p: save(p, volume((SIDE, SIDE, 31))), "field of view", "80 x 80 x 78 mm; .* 80 mm on each axis"),
     ("a.nii", lambda p: save(p, volume((SIDE, SIDE, 241))), "field of view", "80 x 80 x 602 mm; .* into 600 mm"),
-    ("a.nii", lambda p: save(p, with_voxel(np.nan)), "finite", "has 1 voxels"),
-    ("a.nii", lambda p: save(p, with_voxel(-np.inf)), "finite", "NaN or infinite"),
-    ("a.nii", lambda p: save(p, with_voxel(1).astype(np.float64) * 1e300), "finite", "in float32"),
+    ("a.nii", lambda p: save(p, sparse(1, np.nan)), "finite", "has 1 voxels"),
+    ("a.nii", lambda p: save(p, volume(dtype=np.float64) * 1e300), "finite", "in float32"),
     ("a.nii", lambda p: save(p, sparse(0)), "not empty", "no voxel other than zero"),
     ("a.nii", lambda p: save(p, sparse(SIDE**3)), "not constant", "value 9 in every voxel"),
     ("a.nii", lambda p: save(p, sparse(SIDE**3 // 250)), "bright", "percentile of 0"),
-    ("a.nii", lambda p: save(p, -volume()), "bright", "percentile of -"),
 ]
 # file name, how it is made: at the edge of the criteria, and still good
 GOOD: list[tuple[str, Make]] = [
-    ("a.nii.gz", lambda p: save(p)),
-    ("a.mgz", lambda p: save(p, kind=nib.MGHImage)),
-    ("a.mgh", lambda p: save(p, kind=nib.MGHImage)),
     ("a.nii.gz", lambda p: save(p, kind=nib.Nifti2Image)),
     ("a.nii", lambda p: save(p, volume((20, 20, 20)), spacing=4.0)),
     ("a.nii", lambda p: save(p, volume((SIDE, SIDE, 267)), spacing=(2.5, 2.5, 0.3))),
-    ("a.nii", lambda p: save(p, volume((SIDE, SIDE, 240)))),
-    ("a.nii", lambda p: save(p, volume(dtype=np.float64), spacing=(-2.5, 2.5, 2.5))),
     ("a.nii", lambda p: save(p, sparse(SIDE**3 // 100))),
-    ("a.nii", lambda p: with_header(p, sform_code=0, qform_code=0)),
     ("a.nii", lambda p: with_header(p, sform_code=1, srow_y=[1.0, 2.5, 0.0, -50.0], pixdim=SHEARED)),
 ]
 # same subject, session and file name is one scan
 TWICE = [
     (["sub-1/T1.nii", "sub-1/T1.nii.gz"], 1),
-    (["sub-1/raw/T1.nii", "sub-1/copy/T1.nii"], 1),
     (["sub-1/ses-1/T1.nii", "sub-1/ses-2/T1.nii"], 2),
     (["sub-1/T1.nii", "sub-2/T1.nii"], 2),
-    (["p1/T1.nii", "p2/T1.nii"], 2),
-    (["sub-1/T1_run-1.nii", "sub-1/T1_run-2.nii"], 2),
 ]
 
 
@@ -148,20 +114,12 @@ def cohort(root: Path, n_good: int = 2, bad: tuple[str, ...] = ()) -> list[dict[
     return read_cohort(str(root))
 
 
-def refuse_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make any opening of a scan fail the test."""
-    monkeypatch.setattr(preflight, "check_scan", lambda path: pytest.fail(f"{path} was opened"))
-
-
 @pytest.mark.parametrize(("name", "make", "criterion", "says"), BAD)
 def test_bad_file_meets_its_criterion(tmp_path: Path, name: str, make: Make, criterion: str, says: str) -> None:
-    """Each fault is found by the criterion meant for it, with a sentence that ends."""
+    """Each fault is found by the criterion meant for it."""
     make(tmp_path / name)
     problem = check_scan(tmp_path / name)
-    assert problem is not None
-    assert problem[0] == criterion
-    assert re.search(says, problem[1]), problem[1]
-    assert problem[1][-1] in ".?"
+    assert problem and problem[0] == criterion and re.search(says, problem[1]), problem
 
 
 @pytest.mark.parametrize(("name", "make"), GOOD)
@@ -171,30 +129,18 @@ def test_good_file_passes(tmp_path: Path, name: str, make: Make) -> None:
     assert check_scan(tmp_path / name) is None
 
 
-def test_every_criterion_is_tested() -> None:
-    """The table above leaves none out."""
-    assert {row[2] for row in BAD} == {*HEADER_CRITERIA, *DATA_CRITERIA, "exists", "opens"}
-
-
-def test_absurd_header_is_refused_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No voxel is read of a file whose header fails."""
-    with_header(tmp_path / "a.nii", dim=ABSURD)
-    monkeypatch.setattr(preflight, "read_voxels", lambda *_: pytest.fail("voxels were read"))
-    problem = check_scan(tmp_path / "a.nii")
-    assert problem and problem[0] == "size"
-
-
-def test_stop_gathers_all_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One error holds all bad files in one table, each in a line; nothing is printed besides."""
+def test_stop_gathers_all_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
+    """One error holds all bad files in one table, each in a line, in the second run too; good ones are remembered."""
     records = cohort(tmp_path, bad=("bad1.nii", "bad2.nii.gz"))
-    with pytest.raises(InputError) as caught:
-        check_cohort(records, checks="stop")
-    first, header, *rows = str(caught.value).splitlines()
-    assert first.startswith("2 of 4 scans fail")
-    assert header.split()[:2] == ["file", "criterion"]
-    expected = [[str(tmp_path / name), "opens", "is"] for name in ("bad1.nii", "bad2.nii.gz")]
-    assert [row.split()[:3] for row in rows] == expected
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            check_cohort(records, checks="stop")
+        first, _header, *rows = str(caught.value).splitlines()
+        assert first.startswith("2 of 4 scans fail")
+        expected = [[str(tmp_path / name), "opens", "is"] for name in ("bad1.nii", "bad2.nii.gz")]
+        assert [row.split()[:3] for row in rows] == expected
     assert capsys.readouterr() == ("", "")
+    assert len(json.loads((own_cache / "brain_t1_vae" / "preflight.json").read_text())["passed"]) == 2
 
 
 def test_skip_goes_on_with_the_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,17 +151,8 @@ def test_skip_goes_on_with_the_good(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "3 scans, 2 good" in out and out.count("bad.nii") == 1
     with pytest.raises(InputError, match="1 of 1 scans fail"):
         check_cohort(records[:1], checks="skip")
-
-
-@pytest.mark.parametrize("checks", ["Stop", "", False])
-def test_unknown_checks(tmp_path: Path, checks: Any) -> None:
-    """Only the two words are taken."""
     with pytest.raises(InputError, match="'stop' or 'skip'"):
-        check_cohort(cohort(tmp_path, 1), checks=checks)
-
-
-def test_nothing_to_check() -> None:
-    """An empty list is a mistake upstream, said so."""
+        check_cohort(records, checks="Stop")
     with pytest.raises(InputError, match="no scan to check"):
         check_cohort([])
 
@@ -238,31 +175,23 @@ def test_scan_listed_twice(tmp_path: Path, paths: list[str], n_good: int) -> Non
         assert check_cohort(records, checks="skip") == records[:n_good]
 
 
-def test_same_subject_in_two_cohorts_is_no_duplicate(tmp_path: Path) -> None:
-    """Subjects of different cohorts are different persons."""
-    for site in "ab":
-        save(tmp_path / site / "sub-1_T1w.nii")
-    assert len(check_cohort(read_cohort([str(tmp_path / "a"), str(tmp_path / "b")]))) == 2
-
-
 @pytest.mark.parametrize("in_report_dir", [False, True])
 def test_second_run_opens_no_file(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    in_report_dir: bool,
-) -> None:  # fmt: skip
-    """Unchanged files are known, wherever that is remembered; the cache tells no path."""
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, in_report_dir: bool
+) -> None:
+    """Unchanged files are known, wherever that is remembered, until the criteria change; the cache tells no path."""
     records = cohort(tmp_path / "scans")
     report_dir = tmp_path / "report" if in_report_dir else ""
     assert check_cohort(records, report_dir=report_dir) == records
-    assert capsys.readouterr() == ("pre-flight check: 2 scans, 2 good (0 known from an earlier run)\n", "")
-    refuse_to_open(monkeypatch)
+    monkeypatch.setattr(preflight, "check_scan", lambda path: ("opens", "was opened."))
     assert check_cohort(records, report_dir=report_dir) == records
-    assert "2 scans, 2 good (2 known from an earlier run)" in capsys.readouterr().out
     folder = report_dir or own_cache / "brain_t1_vae"
     assert os.listdir(folder) == ["preflight.json"]
     text = Path(folder, "preflight.json").read_text()
     assert "good0" not in text and str(tmp_path) not in text
-    assert all(len(key) == 64 for key in json.loads(text)["passed"])
+    monkeypatch.setattr(preflight, "CRITERIA_VERSION", preflight.CRITERIA_VERSION + 1)
+    with pytest.raises(InputError, match="was opened"):
+        check_cohort(records, report_dir=report_dir)
 
 
 @pytest.mark.parametrize("change", ["size", "time"])
@@ -272,66 +201,17 @@ def test_changed_file_is_checked_again(tmp_path: Path, change: str) -> None:
     path = Path(records[0]["image"])
     check_cohort(records)
     before = path.stat()
-    if change == "size":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        save(path, sparse(0))
+    path.write_bytes(path.read_bytes()[:-1] if change == "size" else save(path, sparse(0)).read_bytes())
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (change == "time")))
     assert check_cohort(records, checks="skip") == records[1:]
 
 
-def test_changed_good_file_is_known_by_its_new_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a change that leaves it good, a file is checked once, not for ever."""
-    records = cohort(tmp_path)
-    check_cohort(records)
-    save(tmp_path / "good0.nii", volume((SIDE, SIDE, SIDE + 1)))
-    check_cohort(records)
-    refuse_to_open(monkeypatch)
-    assert check_cohort(records) == records
-
-
-def test_only_passes_are_remembered(tmp_path: Path, own_cache: Path) -> None:
-    """A bad file is bad in the second run too, good ones beside it are known, and one that is gone does not exist."""
-    records = cohort(tmp_path, bad=("bad.nii",))
-    for _ in range(2):
-        with pytest.raises(InputError, match="1 of 3"):
-            check_cohort(records)
-    assert len(json.loads((own_cache / "brain_t1_vae" / "preflight.json").read_text())["passed"]) == 2
-    Path(records[1]["image"]).unlink()
-    with pytest.raises(InputError, match="exists +does not exist"):
-        check_cohort(records)
-
-
-def test_new_criteria_void_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What passed older criteria is checked again."""
-    records = cohort(tmp_path)
-    check_cohort(records)
-    monkeypatch.setattr(preflight, "CRITERIA_VERSION", preflight.CRITERIA_VERSION + 1)
-    check_cohort(records)
-    assert capsys.readouterr().out.count("(0 known") == 2
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 2, "passed": [3]}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 2, "passed": [3]}', "\udcff"])
 def test_damaged_cache_is_ignored(tmp_path: Path, text: str) -> None:
-    """Nonsense in the cache costs a new check and is then overwritten."""
+    """Nonsense in the cache costs a new check and is then overwritten; one that cannot be made is no error."""
     records = cohort(tmp_path / "scans", 1)
     file = tmp_path / "preflight.json"
     file.write_text(text, errors="surrogateescape")
     assert check_cohort(records, report_dir=tmp_path) == records
     assert len(json.loads(file.read_text())["passed"]) == 1
-
-
-def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a report folder that cannot be made nor a full disk stops the check; no half of a cache is left."""
-
-    def full(*_: Any) -> None:
-        raise OSError("no space")
-
-    records = cohort(tmp_path / "scans")
-    (tmp_path / "file").write_text("")
-    assert check_cohort(records, report_dir=tmp_path / "file") == records
-    monkeypatch.setattr(os, "replace", full)
-    assert check_cohort(records, report_dir=tmp_path / "report") == records
-    assert os.listdir(tmp_path / "report") == []
+    assert check_cohort(records, report_dir=file) == records

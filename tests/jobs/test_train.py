@@ -18,9 +18,7 @@ from scripts.run import file_sha256
 STEPS = 2  # an epoch
 
 
-def train(
-    folder: Path, epochs: int, *, done: int = 0, interval: int = 1, start: bool = False, rank: int = 0
-) -> SimpleNamespace:
+def train(folder: Path, epochs: int, *, done: int = 0, interval: int = 1, start: bool = False) -> SimpleNamespace:
     """Log a training whose step n has loss n, l1 n^2 and a gradient of norm -n, validated every `interval` epochs with
     the epoch's number as score, at a learning rate that halves at each epoch's end."""
     loss, clip, scalars = SimpleNamespace(parts={}), SimpleNamespace(norm=0.0), []
@@ -43,7 +41,7 @@ def train(
     engine.add_event_handler(Events.EPOCH_COMPLETED, validate)
     log = TrainingLog(loss, optimizer, clip, evaluator if interval else None, str(folder / "metrics.csv"), writer)
     log.attach(engine)
-    engine.state.max_epochs, engine.state.epoch_length, engine.state.rank = epochs, STEPS, rank
+    engine.state.max_epochs, engine.state.epoch_length, engine.state.rank = epochs, STEPS, 0
     engine.state.epoch, engine.state.iteration = done, done * STEPS
     engine.run([0] * STEPS, max_epochs=epochs, epoch_length=STEPS)
     return SimpleNamespace(scalars=scalars, path=folder / "metrics.csv")
@@ -84,12 +82,6 @@ def test_resumed_run_drops_the_rows_it_repeats(tmp_path: Path):
     assert table["epoch"].tolist() == [1, 2, 3, 4] and table["loss"].tolist() == [99, 99, 5.5, 7.5]
     train(tmp_path, 1)
     assert pd.read_csv(path)["loss"].tolist() == [1.5]
-
-
-def test_other_processes_write_nothing(tmp_path: Path):
-    """Only rank 0 writes curves and table."""
-    run = train(tmp_path, 2, start=True, rank=1)
-    assert not run.scalars and not run.path.exists()
 
 
 def test_a_training_ends_with_its_report(trained: Job):

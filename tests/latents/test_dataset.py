@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY_VAE
@@ -24,7 +23,6 @@ from scripts.latents import (
     latent_path,
     manifest_entry,
     read_header,
-    read_latent,
     write_latent,
 )
 from scripts.networks import BrainVAE
@@ -52,39 +50,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("kind", "over"), [("channel", (0, 2, 3, 4)), ("overall", (0, 1, 2, 3, 4))])
-def test_scaled_samples_have_mean_0_and_sd_1(kind: str, over: tuple[int, ...], folder: Path) -> None:
-    """Over the cohort; 24 volumes' draws of 96 values a channel leave about 2 % of sampling error."""
-    torch.manual_seed(0)
-    data = LatentDataset(folder, scaling=kind)
-    z = torch.stack([data[index]["latent"] for index in range(len(data)) for _ in range(4)])
-    np.testing.assert_allclose(z.mean(over), 0, atol=0.05)
-    np.testing.assert_allclose(z.std(over), 1, atol=0.05)
-
-
-def test_a_sample_is_fresh_and_the_mean_is_mu(folder: Path) -> None:
-    """Two loads of one file differ, also in two workers of one epoch; by draw `mean` they are mu."""
+def test_a_sample_is_fresh(folder: Path) -> None:
+    """Two loads of one file differ, also in two workers of one epoch."""
     data = LatentDataset(folder, scaling="raw")
     data.data = [data.data[0]] * 4
     drawn = torch.cat([batch["latent"] for batch in DataLoader(data, batch_size=1, num_workers=2)])
     assert len({float(z.sum()) for z in drawn}) == 4
-    mean = LatentDataset(folder, draw="mean", scaling="raw")
-    assert torch.equal(mean[0]["latent"], read_latent(latent_path(folder, "sub-0")).mu)
 
 
-def test_a_split_and_its_labels(folder: Path) -> None:
-    """Records come along; a split without latents and unknown words are errors."""
+def test_a_split_and_its_labels(folder: Path, tmp_path: Path) -> None:
+    """Records come along; a split without latents, unknown words, and changed or missing files are errors."""
     data = LatentDataset(folder, split="val")
     assert [(item["name"], item["label"]) for item in data] == [("sub-4", "0"), ("sub-5", "1")]
-    with pytest.raises(InputError, match="'test'"):
-        LatentDataset(folder, split="test")
-    for wrong in ({"draw": "median"}, {"scaling": "most"}):
-        with pytest.raises(InputError, match="give one of"):
-            LatentDataset(folder, **wrong)
-
-
-def test_a_changed_file_is_noticed(folder: Path, tmp_path: Path) -> None:
-    """A changed byte with check_hashes alone, a missing file always."""
+    for key, value in (("split", "test"), ("draw", "median"), ("scaling", "most")):
+        with pytest.raises(InputError, match=f"{key} '{value}'|'{key}' is '{value}'"):
+            LatentDataset(folder, **{key: value})
     copy = shutil.copytree(folder, tmp_path / "copy")
     victim = latent_path(copy, "sub-2")
     victim.write_bytes(victim.read_bytes()[:-1] + b"x")
@@ -96,7 +76,7 @@ def test_a_changed_file_is_noticed(folder: Path, tmp_path: Path) -> None:
         latent_datalist(copy)
 
 
-def test_monais_latent_diffusion_samples_volumes(folder: Path) -> None:
+def test_monais_latent_diffusion_takes_the_batch_and_decodes(folder: Path) -> None:
     """Its inferer takes the batch as it is, and what it samples is unpadded, unscaled and decoded."""
     torch.manual_seed(0)
     data = LatentDataset(folder, split="train", pad=True)
@@ -113,6 +93,3 @@ def test_monais_latent_diffusion_samples_volumes(folder: Path) -> None:
         torch.testing.assert_close(found, unet(scheduler.add_noise(z, noise, steps), steps))
         raw = torch.stack([data.scaling.undo(one, data.sides) for one in z])
         torch.testing.assert_close(stage.decode_stage_2_outputs(z), vae.decode(raw))
-    scheduler.set_timesteps(num_inference_steps=4)
-    volume = inferer.sample(torch.randn_like(z[:1]), stage, unet, scheduler, verbose=False)
-    assert volume.shape == (1, 1, *(4 * side for side in SHAPE[1:])) and torch.isfinite(volume).all()

@@ -1,10 +1,8 @@
-"""Latents of every format: read exactly, checked against what the config says, and never run."""
+"""Latents of every format: read exactly, and checked against what the config says."""
 
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from scripts.latents import LatentScaling, LoadLatentd, list_latents, read_tenso
 from scripts.run import InputError
 
 SHAPE = [4, 4, 6, 3]
-PADDED = [4, 4, 8, 4]
 Z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 NOT_FINITE = Z.masked_fill(Z > 2, torch.inf)
 ENDINGS = [".safetensors", ".npy", ".npz", ".pt", ".pth", ".nii", ".nii.gz"]
@@ -40,53 +37,27 @@ def save(path: Path, z: torch.Tensor) -> None:
         nib.save(nib.Nifti1Image(np.moveaxis(array, 0, -1), np.eye(4)), path)
 
 
-def declare(path: Path, shape: tuple[int, ...]) -> None:
-    """A .npy, alone or in an archive, whose header declares a shape and that holds nothing."""
-    with (path.parent / "z.npy").open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    if path.suffix == ".npz":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.write(path.parent / "z.npy", "z.npy")
-    else:
-        (path.parent / "z.npy").rename(path)
-
-
 # file, how it is written, what the error says besides its name
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "nothing": ("x.npy", lambda path: None, "is no latent file"),
     "not finite": ("x.npy", lambda path: save(path, NOT_FINITE), "NaN"),
-    "complex array": ("x.npy", lambda path: np.save(path, np.zeros(SHAPE, complex)), "real numbers"),
-    "complex image": ("x.nii", lambda path: save(path, Z.to(torch.complex64)), "complex64"),
-    "bool": ("x.pt", lambda path: torch.save(Z > 0, path), "real numbers"),
     "sparse": ("x.pt", lambda path: torch.save(Z.to_sparse(), path), "save it dense"),
     "expanded": ("x.pt", lambda path: torch.save(torch.zeros(1).expand(10**12), path), "declares"),
     "unnamed": ("x.safetensors", lambda path: save_file({"a": Z, "b": Z + 1}, path), "a, b"),
-    "terabytes": ("x.npy", lambda path: declare(path, (10**4,) * 3), ""),
-    "terabytes in an archive": ("x.npz", lambda path: declare(path, (2**62, 8)), "declares"),
     "3D image": ("x.nii", lambda path: nib.save(nib.Nifti1Image(Z[0].numpy(), np.eye(4)), path), "fourth axis"),
 }
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_format_is_read(ending: str, tmp_path: Path) -> None:
-    """Bit by bit, float32, whatever stands beside it."""
-    save(tmp_path / f"x{ending}", Z)
-    found = read_tensor(tmp_path / f"x{ending}")
-    assert torch.equal(found, Z) and found.dtype == torch.float32
-    nib.save(nib.Nifti1Image(np.moveaxis(Z.numpy(), 0, -1)[:, :, :, None], np.eye(4)), tmp_path / "vectors.nii")
-    assert torch.equal(read_tensor(tmp_path / "vectors.nii"), Z)
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_damage_is_named(ending: str, tmp_path: Path) -> None:
-    """A web page, or cut anywhere: one sentence with the path, whatever the reader raises."""
+    """Bit by bit, float32, whatever stands beside it; half a file is named."""
     path = tmp_path / f"x{ending}"
     save(path, Z)
-    raw = path.read_bytes()
-    for content in (b"<html>no such page</html>", *(raw[:place] for place in range(0, len(raw) - 8, len(raw) // 8))):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=f"x{ending}"):
-            read_tensor(path)
+    found = read_tensor(path)
+    assert torch.equal(found, Z) and found.dtype == torch.float32
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=f"x{ending}"):
+        read_tensor(path)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -96,21 +67,6 @@ def test_what_is_no_latent_is_named(case: str, tmp_path: Path) -> None:
     write(tmp_path / name)
     with pytest.raises(InputError, match=rf"{name} .*{message}"):
         read_tensor(tmp_path / name)
-
-
-@pytest.mark.parametrize("ending", [".npy", ".pt"])
-def test_a_pickle_is_not_run(ending: str, tmp_path: Path) -> None:
-    """numpy's object arrays and torch's old format are pickles."""
-
-    class Trap:
-        def __reduce__(self) -> tuple:
-            return exec, (f"open({str(tmp_path / 'sentinel')!r}, 'w')",)
-
-    np.save(tmp_path / "x.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    (tmp_path / "x.pt").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(InputError, match=rf"x\{ending}"):
-        read_tensor(tmp_path / f"x{ending}")
-    assert not (tmp_path / "sentinel").exists()
 
 
 @pytest.mark.parametrize(("batch", "padded"), [(False, "no"), (True, "yes")])
@@ -126,9 +82,8 @@ def test_what_was_done_is_undone(batch: bool, padded: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("shape", "padded", "message"),
     [
-        (PADDED, False, "set 'padded' to True"),
+        ([4, 4, 8, 4], False, "set 'padded' to True"),
         (SHAPE, True, "set 'padded' to False"),
-        ([4, 4, 6, 5], False, "is 4 x 4 x 6 x 5"),
         ([2, *SHAPE], False, "one latent a file"),
     ],
 )
@@ -143,7 +98,6 @@ def test_another_shape_is_refused(shape: list[int], padded: bool, message: str) 
     [
         (["a/x_latent.safetensors", "b/x.npy", "y.npy", "y.pt", ".h.npy", "n.txt"], ["a_x", "b_x", "y_npy", "y_pt"]),
         (["a/x.npy", "b/x.npy", "a_x.npy"], "would get one name"),  # outputs would overwrite each other
-        (["note.txt"], "'dataset_dir'"),
     ],
 )
 def test_names_are_unique(files: list[str], expected: list[str] | str, tmp_path: Path) -> None:

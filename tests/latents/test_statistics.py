@@ -9,23 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.latents import ActiveUnits, LatentStatistics
-
-CASES = {  # volumes, shape, type
-    "one volume": (1, (4, 2, 3, 2), torch.float32),
-    "some": (7, (4, 3, 4, 3), torch.float32),
-    "float16": (5, (4, 3, 4, 3), torch.float16),
-    "one channel": (6, (1, 4, 4, 4), torch.float32),
-}
+from scripts.latents import LatentStatistics
 
 
-def posteriors(n: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def posteriors(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Means far from zero with another spread in each channel, log-variances from -9 to 2."""
     generator = torch.Generator().manual_seed(n)
-    channel = torch.arange(1.0, shape[0] + 1).view(-1, 1, 1, 1)
-    mu = torch.randn(n, *shape, generator=generator) * channel + 30 * channel
-    logvar = 11 * torch.rand(n, *shape, generator=generator) - 9
-    return mu.to(dtype), logvar.to(dtype)
+    channel = torch.arange(1.0, 5).view(-1, 1, 1, 1)
+    mu = torch.randn(n, 4, 3, 4, 3, generator=generator) * channel + 30 * channel
+    return mu, 11 * torch.rand(n, 4, 3, 4, 3, generator=generator) - 9
 
 
 def streamed(mu: torch.Tensor, logvar: torch.Tensor) -> LatentStatistics:
@@ -42,10 +34,10 @@ def flat(result: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_streaming_is_two_pass(case: str) -> None:
+@pytest.mark.parametrize("n", [1, 7])
+def test_streaming_is_two_pass(n: int) -> None:
     """Every figure against numpy over the stacked cohort, to 1e-9 (float64 sums of at most 1e4 values)."""
-    mu, logvar = posteriors(*CASES[case])
+    mu, logvar = posteriors(n)
     found = flat(streamed(mu, logvar).result())
     m, v = mu.double().numpy(), np.exp(logvar.double().numpy())
     over = (0, 2, 3, 4)
@@ -62,12 +54,12 @@ def test_streaming_is_two_pass(case: str) -> None:
         np.testing.assert_allclose(found[key], value, rtol=1e-9, err_msg=key)
     # KL is taken in float32: mu^2 of order 1e4 rounds at 1e-3, the mean at less than 1e-6 of it.
     assert math.isclose(kl, (0.5 * (m**2 + v - 1 - logvar.double().numpy())).mean(), rel_tol=1e-5)
-    assert units == ((m.var(0, ddof=1) > 0.01).mean() if len(m) > 1 else None)
+    assert units == ((m.var(0, ddof=1) > 0.01).mean() if n > 1 else None)
 
 
 def test_shares_merge_to_the_whole() -> None:
     """Three shares, one of them empty, give the figures of one pass, to the rounding of float64."""
-    mu, logvar = posteriors(7, (4, 3, 4, 3), torch.float32)
+    mu, logvar = posteriors(7)
     merged = LatentStatistics()
     for share in (slice(0, 7, 2), slice(7, 7), slice(1, 7, 2)):
         merged.merge(streamed(mu[share], logvar[share]))
@@ -81,15 +73,3 @@ def test_a_dead_channel_is_not_blown_up() -> None:
         LatentStatistics().result()
     dead = torch.full((2, 1, 2, 2, 2), 3.0)
     assert streamed(dead, dead * -math.inf).result()["scale_factor"] == {"channel": [1.0], "overall": 1.0}
-
-
-@pytest.mark.parametrize("cuts", [[], [1, 2, 9], [6]])
-def test_active_units_do_not_depend_on_batches(cuts: list[int]) -> None:
-    """Any cut into batches, and merging two halves, gives the variance of the whole set, also far from zero."""
-    mu = torch.randn(12, 2, 3, 3, 3, generator=torch.Generator().manual_seed(0)).double() * 0.1 + 1000
-    units, other = ActiveUnits(), ActiveUnits()
-    assert math.isnan(units.share())
-    for number, batch in enumerate(mu.tensor_split(cuts)):
-        (other if number % 2 else units).update(batch)
-    units.merge(other)
-    assert units.n == 12 and 0 < units.share(0.01) == float((mu.var(0) > 0.01).double().mean()) < 1

@@ -26,16 +26,14 @@ FOLDERS: dict[str, tuple[list[str], bool]] = {
     "exact name before another": (["sub-01_recon.nii.gz", "sub-01_model_space_recon.nii.gz"], True),
     "the plain name": (["a/sub-01.nii", "sub-010.nii.gz"], True),
     "two files": (["sub-01_a.nii.gz", "sub-01_b.nii.gz"], False),
-    "another scan's": (["sub-011_recon.nii.gz"], False),
 }
 # files that there are, peers, the peers' names or the error
 PEERS: dict[str, tuple[list[str], list[str] | dict[str, str], list[str] | str]] = {
     "after themselves": (["run_2/model.pt", "outputs/"], ["run_2/model.pt", "outputs"], ["run_2", "outputs"]),
     "by a dict": (["run_2/model.pt"], {"early": "run_2/model.pt"}, ["early"]),
     "missing": ([], ["none.pt"], "none.pt"),
+    "taken": (["out/"], {"identity": "out"}, "named 'identity'"),
     "one name": (["a/out/", "b/out/"], ["a/out", "b/out"], "named 'out', like another"),
-    "taken": (["dct/"], ["dct"], "named 'dct'"),
-    "taken, by a dict": (["out/"], {"identity": "out"}, "named 'identity'"),
 }
 
 
@@ -52,10 +50,9 @@ def test_file_of_a_scan(case: str, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(np.full((32, 36, 32), number + 1, np.float32), np.eye(4)), tmp_path / name)
     peer = PeerFolder("peer", tmp_path)
-    if not is_found:
-        with pytest.raises(InputError, match=r"sub-01; one file sub-01_recon\.nii\.gz a scan is needed"):
-            peer.check(["sub-01"])
-    else:
+    with pytest.raises(InputError, match=f"{'sub-02' if is_found else 'sub-01'}; one file sub-0"):
+        peer.check(["sub-01", "sub-02"])
+    if is_found:
         peer.check(["sub-01"])
         image = MetaTensor(torch.zeros(1, 32, 36, 32), meta={"intensity_factor": 2.0})
         assert (peer("sub-01", image) == 0.5).all()  # the first file's 1 in the scan's unit
@@ -67,20 +64,13 @@ def test_a_folder_of_the_scans_themselves_is_exact(tmp_path: Path) -> None:
     source = nib.load(tmp_path / "scan" / "sub-01.nii.gz")
     turned = source.as_reoriented(nib.orientations.axcodes2ornt(("P", "S", "R")))
     (tmp_path / "peer").mkdir()
-    write_nifti(np.asarray(turned.dataobj), turned, tmp_path / "peer" / "sub-01_recon.nii.gz")
-    again = PeerFolder("peer", tmp_path / "peer")("sub-01", image)
-    assert again.dtype == torch.float32
-    torch.testing.assert_close(again, image.as_tensor(), atol=1e-5, rtol=0)
-
-
-def test_unreadable_file_is_named(tmp_path: Path) -> None:
-    """Damaged, or no 3D volume."""
-    path = tmp_path / "sub-01_recon.nii.gz"
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.float32), np.eye(4)), path)
-    for content in (path.read_bytes(), b"no nifti"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="sub-01_recon.nii.gz"):
-            PeerFolder("peer", tmp_path)("sub-01", MetaTensor(torch.zeros(1, 4, 4, 4)))
+    path = tmp_path / "peer" / "sub-01_recon.nii.gz"
+    write_nifti(np.asarray(turned.dataobj), turned, path)
+    peer = PeerFolder("peer", tmp_path / "peer")
+    torch.testing.assert_close(peer("sub-01", image), image.as_tensor(), atol=1e-5, rtol=0)
+    path.write_bytes(b"no nifti")
+    with pytest.raises(InputError, match="sub-01_recon.nii.gz"):
+        peer("sub-01", image)
 
 
 def test_weights_reconstruct_as_their_network(tmp_path: Path) -> None:
@@ -126,7 +116,6 @@ def test_evaluation_puts_peers_beside_the_model(
     assert list(table.index.unique("system")) == ["model", "other", "recons", "identity"]
     own, again = table.loc["model", "psnr_brain"], table.loc["recons", "psnr_brain"]
     assert abs(own - again).max() < 0.5, "only the way through the scan's grid lies between them"
-    assert "paired with 'model'" in job.console
     paired = pd.read_csv(job.folder / "paired.csv")
     assert set(paired["system"]) == {"other", "recons"} and (paired["n"] == 2).all()
     page = (job.folder / "report.html").read_text(encoding="utf-8")

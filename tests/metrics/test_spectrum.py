@@ -8,7 +8,6 @@ import torch
 
 from scripts.metrics import MeanSpectra, radial_power
 
-BIN = 0.01  # cycles per mm
 SPACING = (1.5, 1.5, 1.5)
 SHAPE = (1, 48, 56, 48)
 
@@ -18,23 +17,12 @@ def noise(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("axis", "periods"), [(0, 6), (1, 9), (2, 15)])
-def test_a_wave_stands_at_its_frequency(axis: int, periods: int) -> None:
-    """Along each axis, and nowhere else."""
-    side = SHAPE[1 + axis]
-    wave = torch.sin(2 * torch.pi * periods * torch.arange(side) / side)
-    volume = wave.view([-1 if number == axis + 1 else 1 for number in range(4)]).expand(SHAPE)
-    power = radial_power(volume, SPACING)
-    assert int(power.nan_to_num().argmax()) == int(periods / (side * SPACING[axis]) / BIN)
-    assert power.nansum() < (1 + 1e-9) * power.nan_to_num().max()
-
-
-@pytest.mark.parametrize("spacing", [SPACING, (6.0, 6.0, 6.0), (1.5, 1.5, 3.0)])
+@pytest.mark.parametrize("spacing", [SPACING, (1.5, 1.5, 3.0)])
 def test_white_noise_is_flat_at_the_volume_of_a_voxel(spacing: tuple[float, ...]) -> None:
     """Parseval: variance 1 is spread over 1 / voxel volume, up to the coarsest axis' Nyquist frequency."""
     voxel = spacing[0] * spacing[1] * spacing[2]
     power = radial_power(noise(shape=(1, 64, 64, 64)), spacing)
-    assert len(power) == int(0.5 / max(spacing) / BIN)
+    assert len(power) == int(0.5 / max(spacing) / 0.01)
     assert power[6:].numpy() == pytest.approx(voxel, rel=0.25)  # lower bins hold few frequencies
 
 

@@ -16,19 +16,15 @@ from torch import nn
 from scripts.networks import (
     AutocastInferer,
     BrainVAE,
-    SlabVAE,
-    decode_iteration,
     encode_iteration,
-    place,
     posterior_iteration,
     prepare_batch,
-    read_state_dict,
     trained,
 )
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-SWITCHES = [(True, BF16), ("true", BF16), (False, FP32), ("False", FP32)]
+SWITCHES = [(True, BF16), ("true", BF16), ("False", FP32)]
 Outputs = list[dict[str, torch.Tensor]]
 
 
@@ -38,23 +34,21 @@ def network() -> BrainVAE:
     return BrainVAE(**TINY_VAE)
 
 
-def loader(key: str = "image", *size: int) -> DataLoader:
-    """Batches of two random volumes with their names."""
+def loader() -> DataLoader:
+    """Batches of two of three random volumes."""
     generator = torch.Generator().manual_seed(1)
-    size = size or (1, 8, 8, 8)
-    records = [{key: torch.rand(size, generator=generator), "name": f"scan{index}"} for index in range(3)]
-    return DataLoader(Dataset(records), batch_size=2)
+    return DataLoader(Dataset([{"image": torch.rand(1, 8, 8, 8, generator=generator)} for _ in range(3)]), batch_size=2)
 
 
 @pytest.mark.parametrize(("channels_last", "format"), [(True, torch.channels_last_3d), ("no", torch.contiguous_format)])
 def test_a_trained_network_is_placed_and_filled(tmp_path, channels_last: bool | str, format: torch.memory_format):
-    """With its weights, in the memory format that was asked for, and ready for slabs; `place` does the same alone."""
+    """With its weights, in the memory format that was asked for, and ready for slabs."""
     weights = make_weights(tmp_path / "model.pt", 3)
-    ready, placed = trained(network(), str(weights), CPU, channels_last, 3, 512), place(network(), CPU, channels_last)
-    assert isinstance(ready, SlabVAE) and (ready.slab, ready.above) == (3, 512)
-    assert all(torch.equal(value, read_state_dict(weights)[name]) for name, value in ready.state_dict().items())
-    for net in (ready, placed):
-        assert all(weight.is_contiguous(memory_format=format) for weight in net.parameters() if weight.ndim == 5)
+    ready = trained(network(), str(weights), CPU, channels_last, 3, 512)
+    assert (ready.slab, ready.above) == (3, 512)
+    expected = torch.load(weights, weights_only=True)
+    assert all(torch.equal(value, expected[name]) for name, value in ready.state_dict().items())
+    assert all(weight.is_contiguous(memory_format=format) for weight in ready.parameters() if weight.ndim == 5)
 
 
 @pytest.mark.parametrize(("amp", "expected"), SWITCHES)
@@ -64,26 +58,20 @@ def test_autocast_on_and_off(amp: Any, expected: torch.dtype):
     convolution.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
     assert inferer(torch.rand(1, 1, 4, 4, 4), convolution).dtype == FP32
     assert types == [expected] and not torch.is_autocast_enabled("cpu")
-    with inferer.autocast():
-        assert torch.is_autocast_enabled("cpu") is (expected == BF16)
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_old_card_runs_in_fp32(monkeypatch: pytest.MonkeyPatch, has_bf16: bool):
+def test_old_card_runs_in_fp32(monkeypatch: pytest.MonkeyPatch):
     """A CUDA card counts as having bf16 only where it does not emulate it."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: asked.append(kwargs) or has_bf16)
-    assert AutocastInferer(True, "cuda:0").amp is has_bf16
-    assert asked == [{"including_emulation": False}]
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert AutocastInferer(True, "cuda:0").amp is False
 
 
 def evaluate(vae: nn.Module, iteration: Callable, data: DataLoader) -> Outputs:
     """Run an evaluator; returns decollated outputs."""
     outputs: Outputs = []
     evaluator = SupervisedEvaluator(
-        CPU, data, vae, prepare_batch=prepare_batch, iteration_update=iteration,
-        inferer=AutocastInferer(False, CPU), postprocessing=lambda data: {**data, "seen": data["name"]},
-    )  # fmt: skip
+        CPU, data, vae, prepare_batch=prepare_batch, iteration_update=iteration, inferer=AutocastInferer(False, CPU)
+    )
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: outputs.extend(engine.state.output))
     evaluator.run()
     return outputs
@@ -98,7 +86,6 @@ def test_posterior_is_kept(iteration: Callable):
     )
     outputs = evaluate(vae, iteration, loader())
     assert vae.training and states == [(False, False)] * 2  # the mode is put back
-    assert [output["seen"] for output in outputs] == ["scan0", "scan1", "scan2"]
     vae.eval()
     for output, record in zip(outputs, loader().dataset, strict=True):
         with torch.no_grad():
@@ -109,12 +96,3 @@ def test_posterior_is_kept(iteration: Callable):
         for key, value in expected.items():
             assert output[key].dtype == FP32 and not output[key].requires_grad
             torch.testing.assert_close(output[key], value, rtol=1e-4, atol=1e-5)  # batches of 2 and 1: rounding
-
-
-def test_latents_are_decoded():
-    """Each output holds the latent and its image."""
-    vae, data = network().eval(), loader("latent", 4, 2, 3, 2)
-    for output, record in zip(evaluate(vae, decode_iteration, data), data.dataset, strict=True):
-        assert torch.equal(output["latent"], record["latent"]) and not output["pred"].requires_grad
-        expected = vae.decode(record["latent"][None])[0].detach()
-        torch.testing.assert_close(output["pred"], expected, rtol=1e-4, atol=1e-5)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT
 
-from scripts.run import InputError, claim_folder, replacing, share_folder
+from scripts.run import InputError, claim_folder, share_folder
 
 pytest.importorskip("fcntl")
 
@@ -24,9 +23,8 @@ Start = Callable[..., tuple[ForkProcess, str]]
 REFUSED = "another run is writing to {}; wait until it has ended, or give another --output_dir."
 
 
-def hold(claim: Claim, folder: Path, rank: str, forks: bool, answer: Connection) -> None:
+def hold(claim: Claim, folder: Path, forks: bool, answer: Connection) -> None:
     """In a process of its own: take the folder, and stay."""
-    os.environ["RANK"] = rank
     try:
         claim(str(folder))
     except InputError as error:
@@ -44,9 +42,9 @@ def start() -> Iterator[Start]:
     """Starts a process that takes a folder; gives it and what it says."""
     started = []
 
-    def run(claim: Claim, folder: Path, rank: str = "0", forks: bool = False) -> tuple[ForkProcess, str]:
+    def run(claim: Claim, folder: Path, forks: bool = False) -> tuple[ForkProcess, str]:
         ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(target=hold, args=(claim, folder, rank, forks, theirs))
+        process = multiprocessing.get_context("fork").Process(target=hold, args=(claim, folder, forks, theirs))
         process.start()
         started.append(process)
         assert ours.poll(60)
@@ -83,48 +81,7 @@ def test_a_killed_run_holds_nothing(start: Start, tmp_path: Path) -> None:
     assert start(claim_folder, tmp_path)[1] == "holds"
 
 
-def test_the_other_processes_of_a_torchrun_take_no_lock(start: Start, tmp_path: Path) -> None:
-    """They are the same run as the first."""
-    assert start(claim_folder, tmp_path, rank="0")[1] == start(claim_folder, tmp_path, rank="1")[1] == "holds"
-
-
 def test_a_process_may_take_its_folder_again(tmp_path: Path) -> None:
-    """A notebook that runs a job twice; the folder may have another spelling."""
+    """A notebook that runs a job twice, the folder in another spelling."""
     claim_folder(str(tmp_path))
     claim_folder(f"{tmp_path}/../{tmp_path.name}")
-    share_folder(str(tmp_path))
-
-
-def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some network drives are."""
-
-    def refuse(file: int, operation: int) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    claim_folder(str(tmp_path))
-
-
-def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
-    """When the next one takes the folder."""
-    dead = multiprocessing.get_context("fork").Process()
-    dead.start()
-    dead.join()
-    with replacing(tmp_path / "x") as temporary:
-        left = temporary.with_name(temporary.name.replace(str(os.getpid()), str(dead.pid)))
-        left.touch()
-    claim_folder(str(tmp_path))
-    assert not left.exists()
-
-
-def test_a_folder_that_was_made_and_not_used_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of the process, unless something lies in it; one that was there stays."""
-    at_exit: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
-    for name in ("there", "unused", "used"):
-        (tmp_path / name).mkdir() if name == "there" else None
-        claim_folder(str(tmp_path / name))
-    (tmp_path / "used" / "file").touch()
-    for function, folder in at_exit:
-        function(folder)
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "used"}

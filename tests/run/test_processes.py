@@ -1,6 +1,6 @@
 """Training and evaluation in two processes on the CPU (gloo), against one.
 
-Started by torchrun, this file is what each of two processes checks about gradients, batches and collected figures.
+Started by torchrun, this file is what each of two processes checks about gradients and collected figures.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from copy import deepcopy
-from io import StringIO
-from itertools import chain
 from pathlib import Path
 from time import sleep
 
@@ -31,10 +27,8 @@ from scripts.run import (
     InputError,
     data_parallel,
     gathered,
-    hold_others,
     joined_shares,
     mean_over_ranks,
-    release_others,
     share_for_each,
     share_of_rank,
     stop_processes,
@@ -88,24 +82,7 @@ def trained_by_two(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return output, by_two(*BUNDLE, TRAIN, *training(cohort, output))
 
 
-@pytest.mark.parametrize(("job", "new"), [("train", set()), ("evaluate", {"finalize"})])
-def test_an_overlay_changes_what_there_is(job: str, new: set[str]) -> None:
-    """Every path of the overlay is one of the job's config, so that no copy of a block hides in it."""
-    base, overlay = (ConfigParser.load_config_file(ROOT / "configs" / f"{n}.json") for n in (job, f"multi_gpu_{job}"))
-    parser = ConfigParser(base)
-    assert {key for key in overlay if key.lstrip("+") not in parser} == new
-
-
-def test_one_process_needs_no_group() -> None:
-    """The overlays also work where torchrun was not used, or started one process."""
-    network = torch.nn.Linear(1, 1)
-    assert data_parallel(network, "cpu") is network
-    assert gathered(1) == [1] and joined_shares([1, 2]) == [1, 2] and share_for_each([1, 2]) == [1, 2]
-    assert mean_over_ranks({"a": 1.0}) == {"a": 1.0}
-    hold_others(), release_others()
-
-
-def test_gradients_batches_and_figures(cohort: Path, tmp_path: Path) -> None:
+def test_gradients_and_figures(cohort: Path, tmp_path: Path) -> None:
     """`check_in_each_process`, below, in two of them."""
     by_two(str(Path(__file__)), str(cohort), str(tmp_path))
 
@@ -115,9 +92,7 @@ def test_training_leaves_one_set_of_files(trained_by_two: tuple[Path, str]) -> N
     output, printed = trained_by_two
     table = pd.read_csv(output / "metrics.csv")
     assert table["epoch"].tolist() == [0, 1, 2, 3] and table[1:].notna().all().all()
-    assert printed.count("epoch 1  ") == 1 and printed.count("pre-flight check: 9 scans") == 1
-    assert len(list((output / "tensorboard").iterdir())) == 1
-    assert (output / "report.html").is_file() and not list(output.rglob(".*"))
+    assert printed.count("epoch 1  ") == len(list((output / "tensorboard").iterdir())) == 1
     content = torch.load(output / "checkpoints" / f"epoch_{EPOCHS:04d}.pt", weights_only=True)
     assert (content["processes"], content["epoch_length"]) == (2, 2)
     assert not any(name.startswith("module.") for name in content["objects"]["network"])
@@ -135,25 +110,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert {name for name in ours | theirs if ours.get(name) != theirs.get(name)} <= {"report.html"}  # has the command
 
 
-@pytest.mark.slow
-def test_two_processes_validate_and_stop_as_one(cohort: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
-    """Weights that hardly move and a patience of one validation: the same figures, and the same last epoch."""
-    more = ["--learning_rate", "0", "--adam_learning_rate", "0", "--weights", str(weights), "--patience", "1"]
-    run_bundle("--config_file", "configs/train.json", *training(cohort, tmp_path / "one", *more))
-    by_two(*BUNDLE, TRAIN, *training(cohort, tmp_path / "two", *more))
-    one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    figures = ["epoch", *(name for name in one if name.startswith("val_"))]
-    assert len(figures) > 4  # the average of equal weights rounds; so do means over scans in another order
-    pd.testing.assert_frame_equal(one[figures], two[figures], rtol=1e-5)
-
-
-def test_the_slurm_script_is_valid() -> None:
-    """For bash; nodes are not simulated."""
-    subprocess.run(["bash", "-n", str(ROOT / "docs" / "slurm" / "train.sbatch")], check=True)
-
-
 def test_two_processes_evaluate_as_one(cohort: Path, weights: Path, run_bundle: Run, tmp_path: Path) -> None:
-    """Six scans: the same tables, byte by byte, the same figures and cases; every scan once."""
+    """Six scans: the same tables, byte by byte, and the same figures."""
     common = ["--weights", str(weights), "--split", "train", "--baselines", "[]", "--label", "group", *TINY_JOB]
     common = ["--dataset_dir", str(cohort), *common]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -162,13 +120,8 @@ def test_two_processes_evaluate_as_one(cohort: Path, weights: Path, run_bundle: 
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     for name in ("metrics.csv", "paired.csv"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    names = pd.read_csv(two / "metrics.csv").query("system == 'model'")["name"].tolist()
-    assert len(set(names)) == len(names) == 6
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
     assert summaries[0]["systems"] == summaries[1]["systems"]
-    reports = [(folder / "report.html").read_text().splitlines() for folder in (one, two)]
-    differing = [ours for ours, theirs in zip(*reports, strict=True) if ours != theirs]
-    assert all("monai.bundle run" in line for line in differing)
 
 
 def check_in_each_process(cohort: str, output: str) -> None:
@@ -186,28 +139,18 @@ def check_in_each_process(cohort: str, output: str) -> None:
     parser.get_parsed_content("initialize")
     assert idist.get_world_size() == 2
     _check_gradients(parser)
-    _check_batches(parser)
     assert (parser.get_parsed_content("writer") is None) == (idist.get_rank() == 1)
     for n in (2, 5, 6):
         assert joined_shares(share_of_rank(range(n))) == list(range(n))
     assert mean_over_ranks({"a": float(idist.get_rank()), "b": 3.0}) == {"a": 0.5, "b": 3.0}
     with pytest.raises(InputError, match="2 processes cannot share 1 scans"):
         share_for_each([0])
-    with pytest.raises(SystemExit), redirect_stderr(StringIO()) as shown:
-        sys.excepthook(InputError, InputError("mend it"), None)
-    assert shown.getvalue() == "error: mend it\n"
-    _check_end()
-
-
-def _check_end() -> None:
-    """A collective that is still under way, with a tensor that only its thread holds, does not keep a process."""
     network = data_parallel(torch.nn.Linear(1, 1), "cpu")
     network(torch.ones(1, 1)).backward()
     if idist.get_rank() > 0:
         sleep(1)
-    torch.distributed.all_reduce(torch.ones(1), async_op=True)
+    torch.distributed.all_reduce(torch.ones(1), async_op=True)  # still under way, which does not keep a process
     stop_processes()
-    del network
 
 
 def _check_gradients(parser: ConfigParser) -> None:
@@ -233,24 +176,6 @@ def _check_gradients(parser: ConfigParser) -> None:
     first, second = gathered([parameter.detach() for parameter in plain.parameters()])
     assert all(map(torch.equal, first, second))
     assert not all(map(torch.equal, first, [parameter.detach() for parameter in together.parameters()]))
-
-
-def _check_batches(parser: ConfigParser) -> None:
-    """Balanced batches of both: every patient once an epoch, a control with each, another order each epoch."""
-    loader = parser.get_parsed_content("train#dataloader")
-    patients = {index for index, record in enumerate(loader.dataset.data) if record["label"] == "patient"}
-    assert len(patients) == 4
-    epochs = []
-    for epoch in (1, 2, 3):
-        loader.batch_sampler.set_epoch(epoch)
-        shares = gathered(list(loader.batch_sampler))
-        assert [len(share) for share in shares] == [2, 2]
-        batches = [set(batch) for batch in chain.from_iterable(shares)]
-        assert all(len(batch & patients) == len(batch - patients) == 1 for batch in batches)
-        visits = Counter(chain.from_iterable(batches))
-        assert visits == {index: 1 if index in patients else 2 for index in range(6)}
-        epochs.append(shares)
-    assert epochs[0] != epochs[1] != epochs[2]
 
 
 if __name__ == "__main__":

@@ -13,16 +13,8 @@ from scripts.networks import AutocastInferer
 from scripts.run import InputError
 from scripts.training import ScaleEquivariance, VAELoss
 
-# weights by argument, terms that are computed and logged
-WEIGHTS: list[tuple[dict[str, float], set[str]]] = [
-    ({}, {"l1", "kl"}),
-    ({"perceptual_weight": 0.6, "kl_weight": 0.107}, {"l1", "kl", "lpips"}),
-    (
-        {"recon_weight": 0.0, "mse_weight": 2.0, "perceptual_weight": 0.5, "equivariance_weight": 3.0},
-        {"l1", "kl", "mse", "lpips", "equivariance"},
-    ),
-]
 NAMES = {"l1": "recon", "mse": "mse", "kl": "kl", "lpips": "perceptual", "equivariance": "equivariance"}
+ALL = {"recon_weight": 0.0, "mse_weight": 2.0, "perceptual_weight": 0.5, "equivariance_weight": 3.0}
 
 
 class FakeDistance(nn.Module):
@@ -45,37 +37,30 @@ def output_and_target(dtype: torch.dtype = torch.float32) -> tuple[tuple[torch.T
     return tuple(value.to(dtype) for value in (recon, mu, sigma)), target.to(dtype)
 
 
-@pytest.mark.parametrize(("weights", "terms"), WEIGHTS)
+@pytest.mark.parametrize(("weights", "terms"), [({"kl_weight": 0.107}, {"l1", "kl"}), (ALL, set(NAMES))])
 def test_terms_and_total(weights: dict[str, float], terms: set[str]):
     """Each term is a mean by its formula, `parts` holds those that count without weights, the total is their sum."""
     (recon, mu, sigma), target = output_and_target()
-    leaves = [value.requires_grad_() for value in (recon, mu, sigma)]
     loss = VAELoss(FakeDistance(), lambda mu, sigma, target: (mu.sum() + sigma.sum() + target.sum()).abs(), **weights)
     total = loss((recon, mu, sigma), target)
-    error = recon.detach() - target
+    error = recon - target
     expected = {
         "l1": error.abs().sum() / error.numel(),
         "mse": (error**2).sum() / error.numel(),
-        "kl": (0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log())).detach().mean(),
+        "kl": (0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log())).mean(),
         "lpips": error.abs().max(),
-        "equivariance": (mu.sum() + sigma.sum() + target.sum()).detach().abs(),
+        "equivariance": (mu.sum() + sigma.sum() + target.sum()).abs(),
     }
-    assert loss.parts == {
-        "loss": total.item(),
-        **{name: pytest.approx(float(expected[name]), rel=1e-5) for name in terms},
-    }
+    assert loss.parts == pytest.approx({"loss": total.item(), **{name: float(expected[name]) for name in terms}}, 1e-5)
     weight = {name: weights.get(f"{NAMES[name]}_weight", float(name == "l1")) for name in terms}
     assert total.item() == pytest.approx(sum(weight[name] * float(expected[name]) for name in terms), rel=1e-5)
     assert total.dtype == torch.float32 and total.shape == ()
     assert bool(loss.perceptual.seen) is ("lpips" in terms)  # a weight of 0 saves its time
-    total.backward()
-    assert all(leaf.grad is not None for leaf in leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_everything_is_computed_in_fp32(dtype: torch.dtype):
+def test_everything_is_computed_in_fp32():
     """Half precision is widened first, and autocast changes nothing: equal to the bit."""
-    output, target = output_and_target(dtype)
+    output, target = output_and_target(torch.bfloat16)
     distance = FakeDistance()
     loss = VAELoss(distance, mse_weight=1.0, perceptual_weight=0.6)
     expected = loss(tuple(value.float() for value in output), target.float())
@@ -85,18 +70,12 @@ def test_everything_is_computed_in_fp32(dtype: torch.dtype):
     assert distance.seen == [torch.float32, torch.float32, False] * 2
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_negative_weight_is_refused(name: str):
-    """A negative weight would reward the error."""
-    with pytest.raises(InputError, match=f"the weight of {name} must not be negative, got -1"):
-        VAELoss(FakeDistance(), **{f"{NAMES[name]}_weight": -1.0})
-
-
-@pytest.mark.parametrize("name", ["perceptual_weight", "equivariance_weight"])
-def test_weight_without_what_it_weighs_is_refused(name: str):
-    """Leaving the term out is said, not passed over."""
-    with pytest.raises(InputError, match=f"{name} is 0.6, but nothing is given that computes it"):
-        VAELoss(**{name: 0.6})
+def test_weights_that_cannot_be_meant_are_refused():
+    """A negative weight would reward the error; a term that nothing computes is not left out without a word."""
+    with pytest.raises(InputError, match="the weight of kl must not be negative, got -1"):
+        VAELoss(kl_weight=-1.0)
+    with pytest.raises(InputError, match="perceptual_weight is 0.6, but nothing is given that computes it"):
+        VAELoss(perceptual_weight=0.6)
 
 
 def enlarged(z: torch.Tensor) -> torch.Tensor:
@@ -108,9 +87,7 @@ def enlarged(z: torch.Tensor) -> torch.Tensor:
 def test_equivariance_compares_halves(size: tuple[int, ...]):
     """By means over 2 x 2 x 2 values, sigma of 0; an odd plane of the latent has no partner and is left out."""
     mu, image = torch.randn(2, 1, *size), torch.rand(2, 1, *(4 * side for side in size))
-    halves = [
-        value.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).mean((5, 6, 7)) for value in (mu, image)
-    ]  # what lies beyond the last pair is dropped by unfold
+    halves = [value.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).mean((5, 6, 7)) for value in (mu, image)]
     decoded = enlarged(halves[0])
     expected = (decoded - halves[1][tuple(slice(side) for side in decoded.shape)]).abs().mean()
     term = ScaleEquivariance(enlarged, AutocastInferer(False, "cpu"))

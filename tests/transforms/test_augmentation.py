@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.data import MetaTensor
-from monai.transforms import Compose, RandFlipd, RandGibbsNoised, RandRicianNoised
+from monai.transforms import Compose, RandFlipd, RandRicianNoised
 
 from scripts.run import InputError
-from scripts.transforms import (
-    KeepZeroBackgroundd,
-    RandContrastCurved,
-    RandThickSlicesd,
-    apply_contrast_curve,
-    thicken_slices,
-)
+from scripts.transforms import KeepZeroBackgroundd, RandContrastCurved, RandThickSlicesd, thicken_slices
 
 SIZE = (18, 20, 16)
 NOISE = {"keys": "image", "prob": 1.0, "std": 0.1}
-WRONG: list[tuple[Callable[[], object], str]] = [
-    (lambda: RandThickSlicesd(keys="image", thickness=(0.5, 2.0)), "min_slice_mm"),
-    (lambda: RandThickSlicesd(keys="image", thickness=(3.0, 2.0)), "max_slice_mm"),
-    (lambda: RandContrastCurved(keys="image", strength=0.9), "contrast_strength"),
-]
 
 
 def brain(air: float = 0.0) -> torch.Tensor:
@@ -39,20 +24,12 @@ def brain(air: float = 0.0) -> torch.Tensor:
 
 def all_random() -> Compose:
     """Every transform of the module with MONAI's noise between."""
-    return Compose(
-        [
-            RandFlipd(keys="image", prob=0.5, spatial_axis=0),
-            KeepZeroBackgroundd(
-                keys="image",
-                transforms=[
-                    RandContrastCurved(keys="image", prob=0.7),
-                    RandThickSlicesd(keys="image", prob=0.7),
-                    RandGibbsNoised(keys="image", prob=0.7, alpha=(0.3, 0.6)),
-                    RandRicianNoised(**{**NOISE, "prob": 0.7}),
-                ],
-            ),
-        ]
-    )
+    treated = [
+        RandContrastCurved(keys="image", prob=0.7),
+        RandThickSlicesd(keys="image", prob=0.7),
+        RandRicianNoised(**{**NOISE, "prob": 0.7}),
+    ]
+    return Compose([RandFlipd("image", 0.5, spatial_axis=0), KeepZeroBackgroundd(keys="image", transforms=treated)])
 
 
 def run(transform: Compose, seed: int, n_volumes: int = 3) -> torch.Tensor:
@@ -80,26 +57,6 @@ def test_only_a_stripped_background_stays_zero(is_stripped: bool) -> None:
     assert (noisy != volume)[brain() > 0].float().mean() > 0.99
 
 
-def test_crops_are_treated_one_by_one() -> None:
-    """Of a list, as MONAI's crops are, the stripped crop keeps its zeros and the other does not."""
-    stripped, full = torch.zeros(1, 4, 4, 4), torch.ones(1, 4, 4, 4)
-    add = KeepZeroBackgroundd("image", [lambda data: {"image": data["image"] + 1}])
-    results = add([{"image": stripped}, {"image": full}])
-    assert [result["image"].unique().tolist() for result in results] == [[0], [2]]
-
-
-def test_only_the_image_is_treated() -> None:
-    """Not in place, other keys pass, and an affine stays."""
-    affine = torch.diag(torch.tensor([1.5, 1.5, 1.5, 1.0], dtype=torch.float64))
-    image = MetaTensor(brain(), affine=affine)
-    noise = KeepZeroBackgroundd(keys="image", transforms=[RandRicianNoised(**NOISE)])
-    for transform in (RandThickSlicesd(keys="image", prob=1.0), RandContrastCurved(keys="image", prob=1.0), noise):
-        item = transform.set_random_state(0)({"image": image, "label": "depr"})
-        assert item["label"] == "depr" and torch.equal(image.as_tensor(), brain())
-        assert not torch.equal(item["image"].as_tensor(), brain())
-        torch.testing.assert_close(item["image"].affine, affine)
-
-
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_slices_thicken_along_one_axis(axis: int) -> None:
     """A pattern along another axis stays; a fast one along this axis is averaged away, one as thick as a slice not."""
@@ -110,12 +67,6 @@ def test_slices_thicken_along_one_axis(axis: int) -> None:
     torch.testing.assert_close(thicken_slices(fast, axis, 2.0), torch.full_like(fast, 0.5))
     pairs = torch.movedim((ramp // 2 % 2).expand(16, 16, 16), -1, axis)[None]  # thick slices of 0 and of 1
     assert thicken_slices(pairs, axis, 2.0).unique().tolist() == [0, 0.25, 0.75, 1]
-
-
-def test_straight_curve_is_the_identity() -> None:
-    """Knots on the diagonal change nothing, below 0 and above 1 either; 1e-6 is float32."""
-    volume = torch.linspace(-0.5, 2.5, 1000).reshape(1, 10, 10, 10)
-    torch.testing.assert_close(apply_contrast_curve(volume, np.linspace(0, 1, 6)), volume, atol=1e-6, rtol=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -131,8 +82,9 @@ def test_curves_keep_air_dark(seed: int) -> None:
     assert (rising({"image": volume})["image"].flatten().diff() > 0).all()
 
 
-@pytest.mark.parametrize(("build", "name"), WRONG)
-def test_wrong_ranges_are_refused(build: Callable[[], object], name: str) -> None:
+def test_wrong_ranges_are_refused() -> None:
     """The message names the config's key."""
-    with pytest.raises(InputError, match=name):
-        build()
+    with pytest.raises(InputError, match="min_slice_mm and max_slice_mm"):
+        RandThickSlicesd(keys="image", thickness=(3.0, 2.0))
+    with pytest.raises(InputError, match="contrast_strength"):
+        RandContrastCurved(keys="image", strength=0.9)

@@ -66,8 +66,3 @@ def test_another_model_space_is_refused(tmp_path: Path) -> None:
     for transform, sides in ((preprocessing({"spacing": 3.0}), SIZE), (preprocessing(), (32, 36, 32))):
         with pytest.raises(InputError, match="another model space"):
             grid.bring_home(torch.zeros(sides), transform)
-
-
-def test_a_header_without_a_source_has_no_grid() -> None:
-    """Such as a diffusion model's sample."""
-    assert SourceGrid.of_header({"name": "sample"}) is None

@@ -75,7 +75,6 @@ def test_figures_of_every_volume_and_system(measured: SimpleNamespace, scans: li
     table = measured.table
     assert table["system"].tolist() == SYSTEMS * 2
     assert table["name"].tolist() == ["sub-01_T1w"] * 5 + ["sub-02_T1w"] * 5
-    assert set(table["label"]) == {"control"} and set(table["split"]) == {"val"}
     for record, (_, row) in zip(scans[:2], table.query("system == 'model'").iterrows(), strict=True):
         raw = preprocessing()(record)["image"].as_tensor()
         error = (raw.clamp(0, 1) - (0.5 * raw).clamp(0, 1)).abs()
@@ -87,13 +86,8 @@ def test_figures_of_every_volume_and_system(measured: SimpleNamespace, scans: li
     aligned, resampled = table.query("system == 'identity'")["l1"]
     assert aligned < 1e-6 < resampled < 0.01
     assert resampled < table.query("system == 'trilinear'")["l1"].iloc[1]
-
-
-def test_summary_and_table(measured: SimpleNamespace) -> None:
-    """Split, number and hash, and per system mean and worst volume, as JSON without nan; the table says the same."""
     summary, systems = measured.summary, measured.summary["systems"]
     assert (summary["split"], summary["n"], summary["weights_sha256"]) == ("val", 2, SHA256)
-    assert list(systems) == SYSTEMS
     for system, rows in measured.table.groupby("system"):
         assert systems[system]["l1"]["mean"] == pytest.approx(rows["l1"].mean(), rel=1e-4)
         assert systems[system]["l1"]["worst_name"] == rows.loc[rows["l1"].idxmax(), "name"]

@@ -78,13 +78,6 @@ def test_the_way_between_two_subjects(encoded: Path, weights: Path, tmp_path: Pa
     np.testing.assert_allclose(np.stack([volumes[0], volumes[2]]), expected, rtol=0, atol=1e-5)
 
 
-def test_one_sample_cannot_be_compared(encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
-    """Said before anything is decoded."""
-    keys = {"dataset_dir": encoded, "output_dir": tmp_path, "weights": weights, "n_samples": 1, "compare_with": bids}
-    with pytest.raises(InputError, match="'compare_with' compares two sets"):
-        parsed("sample", **keys).get_parsed_content("evaluator").run()
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_in_one_sentence(mistake: str, encoded: Path, weights: Path, tmp_path: Path) -> None:
     """An error before the first sample is decoded, naming the key or the folder."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.latents import GaussianPrior, LowRankPrior, Prior, StandardPrior, fit_prior, interpolate, load_prior
+from scripts.latents import LowRankPrior, Prior, StandardPrior, fit_prior, interpolate, load_prior
 from scripts.networks import Posterior
 from scripts.run import InputError
 
@@ -50,6 +50,9 @@ def test_a_sample_depends_on_seed_and_index_alone(name: str) -> None:
     assert torch.equal(prior.sample(2**63, 7), first) and torch.equal(torch.get_rng_state(), state)
     half = prior.mean + (first - prior.mean) / 2
     torch.testing.assert_close(prior.sample(2**63, 7, 0.5), half, rtol=1e-5, atol=1e-5)
+    for seed, truncation, key in ((0, -1, "truncation"), (-1, 1.0, "seed")):
+        with pytest.raises(InputError, match=f"'{key}'"):
+            prior.sample(seed, 0, truncation)
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -72,7 +75,6 @@ def test_the_gaussian_prior_has_the_cohorts_moments() -> None:
     means = torch.stack([posterior.mu for posterior in cohort()]).double().numpy()
     sigma2 = torch.stack([posterior.logvar for posterior in cohort()]).double().exp().mean(0).numpy()
     variance, prior = means.var(0, ddof=1) + sigma2, PRIORS["gaussian"]
-    assert isinstance(prior, GaussianPrior)
     np.testing.assert_allclose(prior.mean, means.mean(0), rtol=1e-6)
     np.testing.assert_allclose(prior.variance, variance, rtol=1e-6)
     for name, expected in (("gaussian", variance), ("standard", 1), ("lowrank with residual", variance)):
@@ -95,33 +97,19 @@ def test_components_are_those_of_a_whole_pca(n: int) -> None:
     np.testing.assert_allclose(overlap, np.eye(3), atol=1e-4 if is_one_batch else 3e-2)
 
 
-@pytest.mark.parametrize(
-    ("kind", "n", "message"),
-    [
-        ("flow", 9, "'prior'"),
-        ("gaussian", 1, "two latents or more"),
-        ("lowrank", 3, "'n_components' is 3, but there are 3"),
-    ],
-)
-def test_what_cannot_be_fitted_is_said(kind: str, n: int, message: str) -> None:
+def test_what_cannot_be_fitted_is_said() -> None:
     """Also another shape than the network's or than the first's (it could be broadcast), and values not finite."""
-    with pytest.raises(InputError, match=message):
-        fit_prior(kind, cohort(n), SHAPE, 3)
-    mu, logvar = cohort(1)[0].mu, cohort(1)[0].logvar
-    for latents, shape, said in (
-        (cohort(9), (4, *SHAPE[1:]), r"not \(4, 2, 3, 2\)"),
-        ([*cohort(9), Posterior(mu[:1], logvar[:1])], SHAPE, "number 10 is of another shape"),
-        ([*cohort(9), Posterior(mu * math.nan, logvar)], SHAPE, "number 10 has values"),
+    data, mu, logvar = cohort(9), cohort(9)[0].mu, cohort(9)[0].logvar
+    for kind, latents, shape, message in (
+        ("flow", data, SHAPE, "'prior'"),
+        ("gaussian", data[:1], SHAPE, "two latents or more"),
+        ("lowrank", data[:3], SHAPE, "'n_components' is 3, but there are 3"),
+        ("gaussian", data, (4, *SHAPE[1:]), r"not \(4, 2, 3, 2\)"),
+        ("gaussian", [*data, Posterior(mu[:1], logvar[:1])], SHAPE, "number 10 is of another shape"),
+        ("gaussian", [*data, Posterior(mu * math.nan, logvar)], SHAPE, "number 10 has values"),
     ):
-        with pytest.raises(InputError, match=said):
-            fit_prior("gaussian", latents, shape)
-
-
-@pytest.mark.parametrize(("seed", "truncation", "key"), [(0, -1, "truncation"), (-1, 1.0, "seed")])
-def test_what_cannot_be_drawn_is_said(seed: int, truncation: float, key: str) -> None:
-    """The key is named."""
-    with pytest.raises(InputError, match=f"'{key}'"):
-        PRIORS["standard"].sample(seed, 0, truncation)
+        with pytest.raises(InputError, match=message):
+            fit_prior(kind, latents, shape, 3)
 
 
 def test_a_way_has_its_ends_and_norms_between() -> None:

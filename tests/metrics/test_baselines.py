@@ -70,10 +70,9 @@ def test_patch_pca_is_exact_on_four_components(tmp_path: Path) -> None:
 
 def test_misuse_of_codes_is_said(tmp_path: Path) -> None:
     """Files that hold no code, volumes that cannot be fitted, an unfitted code, names that there are not."""
-    (tmp_path / "damaged.safetensors").write_bytes(b"no tensors")
-    for name in ("absent", "damaged"):
-        with pytest.raises(InputError, match=f"{name}.safetensors"):
-            PatchPCA.load(tmp_path / f"{name}.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="x.safetensors"):
+        PatchPCA.load(tmp_path / "x.safetensors")
     for volumes in ([], [torch.zeros(10, 12, 12)], [torch.full(SIZE, torch.nan)]):
         with pytest.raises(ValueError, match="empty|multiples of 4|not finite"):
             PatchPCA().fit(volumes)

@@ -23,10 +23,6 @@ from scripts.run import InputError
 EXAMPLE = ROOT.parent / "shared" / "data" / "lpips_example"
 DEFAULT_WEIGHTS = ROOT / "models" / "lpips_alex.safetensors"
 SMALL = (1, 1, 31, 31, 31)
-WRONG: list[tuple[tuple[int, ...], tuple[int, ...], str]] = [
-    ((1, 1, 31, 30, 31), (1, 1, 31, 30, 31), "at least 31 voxels .* got 31 x 30 x 31"),
-    (SMALL, (2, *SMALL[1:]), "must both be"),
-]
 
 
 def random_pair(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -103,32 +99,25 @@ def test_published_pictures(lpips: LPIPS3D, name: str, published: float) -> None
     assert lpips.lpips_2d(first, second).item() == pytest.approx(published, abs=5e-4)
 
 
-@pytest.mark.parametrize(("shape", "chunk_size"), [((1, 1, 31, 32, 34), 16), ((1, 1, 33, 35, 31), 5)])
+@pytest.mark.parametrize(("shape", "chunk_size"), [((1, 1, 31, 32, 34), 16), ((2, 1, 33, 35, 31), 5)])
 def test_equals_the_slice_loop(shape: tuple[int, ...], chunk_size: int) -> None:
-    """Value and gradient are those that autograd gives the slice-by-slice definition, whatever goes through at once
-    and whatever remains of the sides at stride 4 and two poolings; only rounding is left."""
+    """Each sample's value, and the gradient where values are weighed, are those that autograd gives the slice-by-slice
+    definition, whatever goes through at once and whatever remains of the sides at stride 4 and two poolings."""
     input, target = (volume.double() for volume in random_pair(shape))
-    leaf = input.clone().requires_grad_()
-    slices = [value for axis in range(3) for value in reference_slices(leaf[0, 0], target[0, 0], axis)]
-    expected = torch.stack(slices).mean()
-    expected.backward()
-    value, gradient = value_and_gradient(LPIPS3D(chunk_size=chunk_size).double(), input, target)
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=0)
-    assert ((gradient - leaf.grad).norm() / leaf.grad.norm()).item() < 1e-10
-
-
-def test_samples_are_independent(lpips: LPIPS3D) -> None:
-    """A batch's values are those of its samples alone, and weights on them weigh their gradients, as with any loss."""
-    input, target = random_pair((2, 1, 31, 32, 33))
-    loss, leaf = LPIPS3D(reduction="none"), input.clone().requires_grad_()
-    values = loss(leaf, target)
-    alone = torch.stack([lpips(input[i : i + 1], target[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(values.detach(), alone, rtol=1e-5, atol=0)
-    torch.testing.assert_close(lpips(input, target), alone.mean())
-    (values * torch.tensor([0.0, 3.0])).sum().backward()
-    _, gradient = value_and_gradient(loss, input[1:], target[1:])
-    assert leaf.grad is not None and not leaf.grad[0].any()
-    torch.testing.assert_close(leaf.grad[1:], 3 * gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+    weights, leaves = torch.arange(1.0, len(input) + 1).double(), [input.clone().requires_grad_() for _ in range(2)]
+    expected = torch.stack([
+        torch.stack([value for axis in range(3) for value in reference_slices(ours[0], theirs[0], axis)]).mean()
+        for ours, theirs in zip(leaves[0], target, strict=True)
+    ])  # fmt: skip
+    loss = LPIPS3D(chunk_size=chunk_size, reduction="none").double()
+    values = loss(leaves[1], target)
+    torch.testing.assert_close(values, expected, rtol=1e-10, atol=0)
+    for each in (expected, values):
+        (each * weights).sum().backward()
+    gradient, found = (leaf.grad for leaf in leaves)
+    assert ((found - gradient).norm() / gradient.norm()).item() < 1e-10
+    loss.reduction = "mean"
+    torch.testing.assert_close(loss(input, target), values.mean().detach())
 
 
 def test_fraction_is_unbiased() -> None:
@@ -167,17 +156,17 @@ def test_out_of_range_is_clamped_and_pulled_back(lpips: LPIPS3D) -> None:
     assert gradient[beyond > 1].any() and gradient[beyond < 0].any()
 
 
-@pytest.mark.parametrize(("first", "second", "message"), WRONG)
-def test_wrong_inputs(lpips: LPIPS3D, first: tuple[int, ...], second: tuple[int, ...], message: str) -> None:
-    """Below 31 voxels AlexNet has no output; nothing is broadcast; no gradient of a target is left out."""
-    with pytest.raises(ValueError, match=message):
-        lpips(torch.zeros(first), torch.zeros(second))
-    with pytest.raises(ValueError, match="target requires a gradient"):
-        lpips(torch.zeros(SMALL), torch.zeros(SMALL).requires_grad_())
-
-
-def test_wrong_settings_and_weights_are_named(tmp_path: Path) -> None:
-    """A fraction out of range; a file of which a tensor is missing."""
+def test_mistakes_are_named(lpips: LPIPS3D, tmp_path: Path) -> None:
+    """Below 31 voxels AlexNet has no output; nothing is broadcast; no gradient of a target is left out; a fraction out
+    of range; a file of which a tensor is missing."""
+    small, low = torch.zeros(SMALL), torch.zeros(1, 1, 31, 30, 31)
+    for input, target, message in (
+        (low, low, "at least 31 voxels .* got 31 x 30 x 31"),
+        (small, small.expand(2, -1, -1, -1, -1), "must both be"),
+        (small, small.clone().requires_grad_(), "target requires a gradient"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lpips(input, target)
     with pytest.raises(InputError, match="slice_fraction"):
         LPIPS3D(slice_fraction=1.5)
     tensors = load_file(DEFAULT_WEIGHTS)

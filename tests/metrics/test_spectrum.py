@@ -33,15 +33,6 @@ def test_the_mean_is_no_frequency() -> None:
     assert float(radial_power(volume, SPACING)[0]) == pytest.approx(extent / 2)
 
 
-def test_scale_and_offset_do_not_matter() -> None:
-    """Units of scanners differ; a constant volume has no power and no division by zero."""
-    volume = noise(0, (2, 12, 12, 12)).double()
-    expected = radial_power(volume, SPACING)
-    assert torch.allclose(radial_power(volume * 70 - 900, SPACING), expected, rtol=1e-6, equal_nan=True)
-    flat = radial_power(torch.full_like(volume, 3), SPACING)
-    assert (flat[~flat.isnan()] == 0).all()
-
-
 def test_two_shares_are_the_mean_of_all() -> None:
     """Of volumes on two grids; the coarse one ends at its own Nyquist frequency."""
     parts = [MeanSpectra(), MeanSpectra()]
@@ -52,5 +43,5 @@ def test_two_shares_are_the_mean_of_all() -> None:
     frame = parts[0].result()
     mean = torch.stack([radial_power(noise(seed), SPACING) for seed in range(3)]).mean(0)
     pd.testing.assert_series_equal(frame["image"], pd.Series(mean.numpy()), check_names=False)
-    assert list(frame) == ["frequency", "image", "latent"] and frame["frequency"][1] == pytest.approx(0.015)
+    assert frame["frequency"][1] == pytest.approx(0.015)
     assert frame["frequency"][frame["latent"].last_valid_index()] < 1 / 12 < frame["frequency"].iloc[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import gzip
@@ -10,6 +11,7 @@ import json
 import pickle
 import re
 import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_JOB, head, make_weights
+from conftest import ROOT, TINY_JOB, head, make_weights
 from PIL import Image
 from torch import nn
 
@@ -30,6 +32,59 @@ from scripts.latents import read_latent, read_tensor
 from scripts.metrics import LPIPS3D
 from scripts.networks import load_weights
 from scripts.run import InputError
+
+FORBIDDEN = {
+    "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load",
+    "dill.load", "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "pd.read_pickle", "torch.hub.load",
+    "os.system", "os.popen", "subprocess.run", "subprocess.Popen", "urllib.request.urlopen",
+    "urllib.request.urlretrieve", "requests.get",
+}  # fmt: skip
+# What must be said to readers that could otherwise run code.
+REQUIRED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+ALLOWED = {
+    "fresh_process.py": ["subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)"],  # itself
+    "encode.md": ["pickle.load(file)"],  # for who has written the pickles; the page says so
+}
+OPEN = ["torch.load(p)", "torch.load(p, weights_only=safe)", "np.load(p)", "eval(t)", "pickle.load(f)", "d.eval('a')"]
+
+
+def python_sources() -> Iterator[tuple[str, str]]:
+    """File and text of the bundle's Python: modules, examples, benchmarks, `$` of configs."""
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S):
+            yield path.name, block
+    for path in sorted(path for folder in ("scripts", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        yield path.name, path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        for text in re.findall(r'"\$((?:[^"\\]|\\.)*)"', path.read_text(encoding="utf-8")):
+            yield path.name, re.sub(r"[@%][\w:#]+", "reference", json.loads(f'"{text}"'))
+
+
+def faults(source: str) -> list[str]:
+    """Calls of a source that could run what stands in a file, or open a connection."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, arguments = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+        key, wanted = REQUIRED.get(name, ("", None))
+        given = arguments.get(key)
+        is_open = key and not (isinstance(given, ast.Constant) and given.value is wanted)
+        # network.eval() takes nothing; pandas' eval takes a program
+        is_eval = isinstance(node.func, ast.Attribute) and node.func.attr == "eval" and bool(node.args)
+        if name in FORBIDDEN or is_open or is_eval:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_no_source_loads_what_could_run() -> None:
+    """No eval of our own, and torch and NumPy read with their locks on; the search finds each kind of fault."""
+    assert all(faults(line) for line in OPEN)
+    assert not faults("torch.load(p, weights_only=True), np.load(p, allow_pickle=False), network.eval()")
+    found: dict[str, list[str]] = {}
+    for name, source in python_sources():
+        found[name] = found.get(name, []) + faults(source)
+    assert {name: calls for name, calls in found.items() if calls} == ALLOWED
 
 
 class Poison:
@@ -97,6 +152,12 @@ def no_sockets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         yield
+
+
+def test_the_guard_ends_what_connects(no_sockets: None) -> None:
+    """Also where the error would be caught."""
+    code = "import socket\ntry:\n    socket.getaddrinfo('localhost', 1)\nexcept BaseException:\n    pass"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 97
 
 
 NAME = "Krautwurst"

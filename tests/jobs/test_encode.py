@@ -51,6 +51,18 @@ def test_encoding_leaves_a_finished_folder(encoded: Path, bids: Path, weights: P
     assert str(encoded.parent.parent) not in json.dumps(header) and str(bids) not in json.dumps(header)
 
 
+def test_a_latent_is_the_networks_posterior(encoded: Path, bids: Path, weights: Path) -> None:
+    """mu and 2 ln sigma of the preprocessed scan, to float32's rounding on other kernels."""
+    parser = parsed("encode", dataset_dir=bids, weights=weights)
+    image = parser.get_parsed_content("preprocessing")({"image": str(bids / "sub-02" / "anat" / "sub-02_T1w.nii.gz")})
+    network = parser.get_parsed_content("network")
+    with torch.no_grad():
+        mu, sigma = network.encode(image["image"].as_tensor()[None])
+    latent = read_latent(encoded / f"sub-02_T1w{ENDING}")
+    torch.testing.assert_close(latent.mu, mu[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latent.logvar, 2 * sigma[0].log(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("ranks", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]])
 def test_several_give_what_one_does(ranks: list[str], encoded: Path, bids: Path, weights: Path, tmp_path: Path) -> None:
     """The same command twice at once, or torchrun's two ranks, on a folder that a dead run has left with five latents:

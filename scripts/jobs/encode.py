@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
@@ -54,6 +53,7 @@ from scripts.run import (
     as_flag,
     bundle_version,
     file_sha256,
+    is_first,
     remove_unfinished,
     replacing,
     share_of_rank,
@@ -159,7 +159,7 @@ class LatentWriter:
             InputError: a file was made with other settings by a process that ran at the same time.
         """
         wait_for_all()
-        if idist.get_rank() == 0:
+        if is_first():
             finish_folder(self.folder, self.settings)
         wait_for_all()
 

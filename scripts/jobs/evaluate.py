@@ -16,7 +16,7 @@ from monai.data import Dataset, MetaTensor
 from monai.transforms import Compose
 from tqdm import tqdm
 
-from scripts.latents import ActiveUnits
+from scripts.latents import RECORD_KEYS, ActiveUnits
 from scripts.metrics import (
     COLUMNS,
     Baseline,
@@ -50,7 +50,6 @@ from scripts.transforms import plain_volume
 
 __all__ = ["EvaluationWriter", "evaluation_report"]
 
-RECORD_COLUMNS = ("name", "subject", "session", "label", "split")
 RANKED_BY = "psnr_brain"  # the figure that background cannot flatter
 
 
@@ -71,7 +70,7 @@ class EvaluationWriter:
         training: preprocessed training split for the baselines that are fitted; None where there is none.
         split: name of the split, for the table.
         weights: the weights file, for its sha256.
-        peers: other models, from `comparison.read_peers`.
+        peers: other models, from `metrics.read_peers`.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class EvaluationWriter:
             image, pred = output["image"], output["pred"]
             mu, logvar = output["mu"][None], output["logvar"][None]
             self.active_units.update(mu)
-            base = {key: record.get(key, "") for key in RECORD_COLUMNS}
+            base = {key: record.get(key, "") for key in RECORD_KEYS}
             x = plain_volume(image)[None]
             shown = {"model": plain_volume(pred)[None]}
             shown |= {peer.name: plain_volume(peer(record["name"], image))[None] for peer in self.peers}

@@ -117,9 +117,7 @@ def training_report(output_dir: str, weights: str) -> None:
     others = [column for column in curves if column not in validation]
     for title, columns in (("Validation", validation), ("Training", others)):
         if columns:
-            report.add_charts(
-                title, curve_charts(frame, "epoch", columns), "docs/results.md says how to read them."
-            )
+            report.add_charts(title, curve_charts(frame, "epoch", columns), "docs/results.md says how to read them.")
     measured = frame.astype(object).where(frame.notna(), None)  # the start has no loss, most epochs no validation
     report.add_table("All epochs", measured, better={"val_l1": False})
     report.write(Path(output_dir) / FILE_NAME)

@@ -69,8 +69,8 @@ def place(network: nn.Module, device: torch.device | str, channels_last: bool | 
         The network.
     """
     is_last = as_flag(channels_last, "channels_last")
-    format = torch.channels_last_3d if is_last else torch.contiguous_format
-    placed: nn.Module = network.to(device=device, memory_format=format)  # type: ignore[call-overload]
+    memory_format = torch.channels_last_3d if is_last else torch.contiguous_format
+    placed: nn.Module = network.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     return placed
 
 

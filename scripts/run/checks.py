@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ __all__ = [
     "check_device",
     "check_size",
     "check_spacing",
+    "config_files",
+    "is_shipped",
     "read_keys",
     "refuse_unknown_keys",
 ]
@@ -75,25 +77,42 @@ def refuse_unknown_keys(argv: Sequence[str]) -> None:
     keys = read_keys(argv)
     if "config_file" not in keys:
         return
-    given = keys["config_file"]
-    files = [str(file) for file in (given if isinstance(given, list | tuple) else [given])]
-    own = [file for file in files if Path(file).resolve().parent != SHIPPED]
+    files = config_files(keys)
     everything = ConfigParser(ConfigParser.load_config_files(files))
-    text = json.dumps(everything.get(), default=str)
-    shipped = ConfigParser(ConfigParser.load_config_files([f for f in files if f not in own] or _shipped_jobs()))
+    if own := [file for file in files if not is_shipped(file)]:
+        _refuse_unread([file for file in files if is_shipped(file)] or _shipped_jobs(), own, everything)
+    known = set(RUN_KEYS) | _tracking_keys(keys.get("tracking"))
+    for key, value in keys.items():
+        if key in known or key.startswith("+"):
+            continue
+        if key not in everything and key.replace("-", "_") not in everything:
+            raise InputError(f"{keys['config_file']} has no key '{key}'{_hint(key, everything)}")
+        _refuse_block(key, value, "the command line", everything)
+
+
+def config_files(keys: Mapping[str, Any]) -> list[str]:
+    """The config files of a run, from what `read_keys` gives."""
+    given = keys["config_file"]
+    return [str(file) for file in (given if isinstance(given, list | tuple) else [given])]
+
+
+def is_shipped(file: str) -> bool:
+    """Whether a config file is one of the bundle's own."""
+    return Path(file).resolve().parent == SHIPPED
+
+
+def _refuse_unread(shipped_files: Sequence[str], own: Sequence[str], everything: ConfigParser) -> None:
+    """See `refuse_unknown_keys`: the keys of files of the user's own, against those of the bundle's."""
+    shipped, text = (
+        ConfigParser(ConfigParser.load_config_files(shipped_files)),
+        json.dumps(everything.get(), default=str),
+    )
     for file in own:
         for key, value in ConfigParser.load_config_file(file).items():
             named = re.search(rf"[@%]{re.escape(key)}(?!\w)", text)
             if not (named or key.startswith("_") or key == "imports" or key.removeprefix("+") in shipped):
                 raise InputError(f"{file} has the key '{key}', which nothing reads{_hint(key, shipped)}")
             _refuse_block(key, value, file, shipped)
-    known = set(RUN_KEYS) | _tracking_keys(keys.get("tracking"))
-    for key, value in keys.items():
-        if key in known or key.startswith("+"):
-            continue
-        if key not in everything and key.replace("-", "_") not in everything:
-            raise InputError(f"{given} has no key '{key}'{_hint(key, everything)}")
-        _refuse_block(key, value, "the command line", everything)
 
 
 def _settings(parser: ConfigParser) -> list[str]:

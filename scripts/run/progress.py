@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import ignite.distributed as idist
 from ignite.engine import Engine
 from ignite.handlers.tqdm_logger import ProgressBar
+
+from scripts.run.processes import is_first
 
 __all__ = ["LossBar", "ScanBar"]
 
@@ -16,7 +17,7 @@ class LossBar:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        if idist.get_rank() == 0:
+        if is_first():
             ProgressBar(persist=False).attach(engine, output_transform=_loss_of)
 
 
@@ -25,7 +26,7 @@ class ScanBar:
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
-        if idist.get_rank() == 0:
+        if is_first():
             ProgressBar(persist=False, desc="scans").attach(engine)
 
 

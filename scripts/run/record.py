@@ -19,13 +19,12 @@ import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
-from scripts.conventions import ROOT
-from scripts.run.checks import RUN_KEYS, read_keys
+from scripts.run.checks import RUN_KEYS, SHIPPED, config_files, is_shipped, read_keys
 from scripts.run.files import file_sha256, replacing
 
 __all__ = ["METADATA", "RunRecord", "bundle_version", "command_line", "config_sha256"]
 
-METADATA = ROOT / "configs" / "metadata.json"
+METADATA = SHIPPED / "metadata.json"
 OWN_FOLDERS = ("configs/", "models/")
 PACKAGES = ("monai", "torch", "numpy", "nibabel", "pytorch-ignite", "safetensors")
 FOLDER_KEYS = ("_dir", "compare_with", "peers")  # endings of keys whose value may be a folder without any slash
@@ -66,11 +65,8 @@ def config_sha256(argv: Sequence[str]) -> str:
     keys = read_keys(argv)
     if "config_file" not in keys:
         return ""
-    given = keys["config_file"]
-    files = [Path(file) for file in (given if isinstance(given, list | tuple) else [given])]
-    shipped = METADATA.parent
     configs = [
-        file.name if file.resolve().parent == shipped else ConfigParser.load_config_file(str(file)) for file in files
+        Path(file).name if is_shipped(file) else ConfigParser.load_config_file(file) for file in config_files(keys)
     ]
     shown = {key: _each(value, False) for key, value in keys.items() if key not in RUN_KEYS}
     shown = {key: value for key, value in shown.items() if not key.endswith(FOLDER_KEYS)}
